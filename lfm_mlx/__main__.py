@@ -1,0 +1,26 @@
+"""python -m lfm_mlx, and the `lfm-mlx` command: generate and convert under one name."""
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "generate": "prompt → streamed text",
+    "convert": "Hugging Face folder → MLX folder, optionally quantized",
+    "mlx_lm": "mlx-lm's own commands (server, generate, lora, …) on this model",
+}
+
+
+def main() -> int:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        del sys.argv[1]
+        return import_module(f"lfm_mlx.{name}").command()
+    wanted_help = name in ("-h", "--help")
+    lines = [f"  {known:10} {what}" for known, what in COMMANDS.items()]
+    usage = "\n".join(["usage: lfm-mlx COMMAND …", "", *lines])
+    print(usage, file=sys.stdout if wanted_help else sys.stderr)
+    return 0 if wanted_help else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""How a command ends: the exit codes and the one line that tells a person what went wrong.
+
+0 done, 2 wrong use or bad input (one line on stderr), 130 interrupted. Everything a user can get
+wrong raises InputError; any other exception is a fault of ours and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+DONE = 0
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class InputError(ValueError):
+    """The user gave something unusable: says what was wrong, what was expected, what to do."""
+
+
+def run(main: Callable[[], int | None], name: str) -> int:
+    """Call `main` and return the exit code its outcome stands for; `name` begins the error line."""
+    try:
+        return main() or DONE
+    except InputError as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has gone: give Python's shutdown a place to flush to, and be silent.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text with every run of white space as one blank."""
+    return " ".join(str(error).split())

@@ -1,0 +1,285 @@
+"""The frozen Config: the keys of config.json as they stand there, everything else by property.
+
+Reads every config of the `lfm2_moe` and the dense `lfm2` family, refuses by name what the port
+lacks, and lists in `unknown_keys` the keys it does not know. Nothing has a default that a
+checkpoint could disagree with: what shapes the model must be in the file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lfm_mlx.checkpoint import read_json
+from lfm_mlx.command import InputError
+
+CONV = "conv"
+ATTENTION = "full_attention"
+
+# Keys that say nothing about the function the model computes.
+INERT_KEYS = frozenset(
+    {
+        "_name_or_path", "architectures", "attention_dropout", "auto_map", "block_mlp_init_scale",
+        "block_norm_eps", "block_out_init_scale", "block_use_xavier_init", "bos_token_id",
+        "conversion", "conv_use_xavier_init", "dtype", "initializer_range", "license",
+        "output_router_logits", "pad_token_id", "quantization_config", "torch_dtype",
+        "transformers_version", "use_cache",
+    }
+)  # fmt: skip
+# Keys whose value must be this one: the port computes nothing else.
+FIXED_KEYS = {
+    "block_use_swiglu": True,
+    "use_pos_enc": True,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "rope_scaling": None,
+    "sliding_window": None,
+}
+# Second spellings, first the one that Config's field has.
+SPELLINGS = {
+    "tie_word_embeddings": ("tie_word_embeddings", "tie_embedding"),
+    "intermediate_size": ("block_ff_dim", "intermediate_size"),
+    "num_attention_heads": ("num_attention_heads", "num_heads"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One model's numbers, named as config.json names them. Widths in elements, counts in units."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    layer_types: tuple[str, ...]
+    norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    conv_L_cache: int
+    conv_bias: bool
+    tie_word_embeddings: bool
+    num_dense_layers: int
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    use_expert_bias: bool = False
+    routed_scaling_factor: float = 1.0
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    unknown_keys: tuple[str, ...] = ()
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Config":
+        """Read `config.json` of a checkpoint folder. Raises InputError as `from_dict` does."""
+        return cls.from_dict(read_json(Path(folder) / "config.json"))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Build from the parsed config.json.
+
+        Raises InputError that names the key, its value and what is supported, when a key is
+        missing, has an impossible value, or asks for something this port does not compute.
+        """
+        reader = _Reader(values)
+        model_type = reader.choice("model_type", ("lfm2_moe", "lfm2"))
+        layer_types = reader.layer_types()
+        fields: dict[str, Any] = {
+            "model_type": model_type,
+            "layer_types": layer_types,
+            "rope_theta": reader.rope_theta(),
+            "norm_eps": reader.positive("norm_eps", float),
+            "conv_bias": reader.flag("conv_bias"),
+            "tie_word_embeddings": reader.flag("tie_word_embeddings", default=True),
+            "eos_token_ids": reader.token_ids("eos_token_id"),
+            "dtype": values.get("dtype", values.get("torch_dtype")),
+            "quantization": reader.quantization(),
+        }
+        for key in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads"):
+            fields[key] = reader.positive(key)
+        for key in ("max_position_embeddings", "conv_L_cache", "intermediate_size"):
+            fields[key] = reader.positive(key)
+        if model_type == "lfm2_moe":
+            fields |= reader.experts(len(layer_types))
+        else:
+            fields["num_dense_layers"] = len(layer_types)
+            fields["intermediate_size"] = reader.adjusted_width(fields["intermediate_size"])
+        reader.check_widths(fields)
+        return cls(**fields, unknown_keys=reader.unknown_keys())
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_conv_layers(self) -> int:
+        return self.layer_types.count(CONV)
+
+    @property
+    def num_attention_layers(self) -> int:
+        return self.layer_types.count(ATTENTION)
+
+    @property
+    def conv_memory(self) -> int:
+        """How many tokens back the stack of convolutions can see: (W - 1) x conv layers."""
+        return (self.conv_L_cache - 1) * self.num_conv_layers
+
+    def is_attention(self, layer_index: int) -> bool:
+        return self.layer_types[layer_index] == ATTENTION
+
+    def is_sparse(self, layer_index: int) -> bool:
+        return layer_index >= self.num_dense_layers
+
+    def cache_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes that the memory of one conversation of `tokens` tokens takes, keys to windows."""
+        per_token = 2 * self.num_key_value_heads * self.head_dim * self.num_attention_layers
+        windows = (self.conv_L_cache - 1) * self.hidden_size * self.num_conv_layers
+        return (per_token * tokens + windows) * itemsize
+
+
+class _Reader:
+    """Takes values out of config.json one by one, and remembers which keys it was asked for."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+        self.seen = set(INERT_KEYS)
+
+    def get(self, key: str, default: Any = None, *, required: bool = True) -> Any:
+        for spelling in SPELLINGS.get(key, (key,)):
+            self.seen.add(spelling)
+        for spelling in SPELLINGS.get(key, (key,)):
+            if self.values.get(spelling) is not None:
+                return self.values[spelling]
+        if required and default is None:
+            raise InputError(
+                f"config.json: key {key!r} is missing; a config of the LFM2 family has it: "
+                "take config.json from the model's own repository"
+            )
+        return default
+
+    def refuse(self, key: str, value: Any, expected: str) -> InputError:
+        return InputError(f"config.json: {key} is {value!r}; supported: {expected}")
+
+    def choice(self, key: str, accepted: tuple[str, ...]) -> str:
+        value = self.get(key)
+        if value not in accepted:
+            raise self.refuse(key, value, " or ".join(accepted))
+        return value
+
+    def positive(self, key: str, kind: type = int) -> Any:
+        value = self.get(key)
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not numeric or value <= 0 or kind(value) != value:
+            raise self.refuse(key, value, f"a positive {kind.__name__}")
+        return kind(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        value = self.get(key, default, required=default is None)
+        if not isinstance(value, bool):
+            raise self.refuse(key, value, "true or false")
+        return value
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.get(key, (), required=False)
+        return (value,) if isinstance(value, int) else tuple(value)
+
+    def layer_types(self) -> tuple[str, ...]:
+        count = self.positive("num_hidden_layers")
+        indices = self.get("full_attn_idxs", required=False)
+        types = self.get("layer_types", required=indices is None)
+        if types is None:
+            types = [ATTENTION if index in indices else CONV for index in range(count)]
+        if len(types) != count:
+            raise self.refuse("layer_types", types, f"num_hidden_layers = {count} entries")
+        for layer_type in types:
+            if layer_type not in (CONV, ATTENTION):
+                raise self.refuse("layer_types", layer_type, f"{CONV} or {ATTENTION}")
+        return tuple(types)
+
+    def rope_theta(self) -> float:
+        """The base of the rotary embedding, from its nested or its two top-level spellings."""
+        nested = dict(self.get("rope_parameters", {}, required=False))
+        top = [self.get(key, required=False) for key in ("rope_theta", "theta")]
+        rope_type = nested.pop("rope_type", "default")
+        if rope_type != "default":
+            raise self.refuse("rope_parameters.rope_type", rope_type, "default")
+        theta = nested.pop("rope_theta", None) or next(filter(None, top), None)
+        if nested.pop("partial_rotary_factor", 1.0) != 1.0 or nested:
+            raise self.refuse("rope_parameters", self.values["rope_parameters"], "rope_theta alone")
+        if not theta:
+            raise InputError(
+                "config.json: key 'rope_theta' is missing, at the top or in rope_parameters; "
+                "take config.json from the model's own repository"
+            )
+        return float(theta)
+
+    def experts(self, num_layers: int) -> dict[str, Any]:
+        keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        fields = {key: self.positive(key) for key in keys}
+        fields["num_dense_layers"] = dense = self.get("num_dense_layers")
+        if not isinstance(dense, int) or not 0 <= dense <= num_layers:
+            raise self.refuse("num_dense_layers", dense, f"0 to num_hidden_layers = {num_layers}")
+        if fields["num_experts_per_tok"] > fields["num_experts"]:
+            raise self.refuse(
+                "num_experts_per_tok",
+                fields["num_experts_per_tok"],
+                f"at most num_experts = {fields['num_experts']}",
+            )
+        fields["norm_topk_prob"] = self.flag("norm_topk_prob")
+        fields["use_expert_bias"] = self.flag("use_expert_bias")
+        fields["routed_scaling_factor"] = self.positive("routed_scaling_factor", float)
+        return fields
+
+    def adjusted_width(self, width: int) -> int:
+        """The dense family's feed-forward width: two thirds, scaled, rounded up (`block_*`)."""
+        # Absent it is 1; an explicit null means that the width is not rounded either.
+        multiplier = self.get("block_ffn_dim_multiplier", 1.0, required=False)
+        if "block_ffn_dim_multiplier" in self.values:
+            multiplier = self.values["block_ffn_dim_multiplier"]
+        multiple = self.get("block_multiple_of", 256, required=False)
+        if not self.flag("block_auto_adjust_ff_dim", default=True):
+            return width
+        width = int(2 * width / 3)
+        if multiplier is None:
+            return width
+        return multiple * -(-int(multiplier * width) // multiple)
+
+    def quantization(self) -> Mapping[str, Any] | None:
+        found = self.get("quantization", required=False)
+        legacy = self.values.get("quantization_config")
+        if found is None and legacy is not None and "bits" not in legacy:
+            raise self.refuse(
+                "quantization_config",
+                legacy.get("quant_method", legacy),
+                "MLX's own quantization; convert the original checkpoint instead",
+            )
+        return found if found is not None else legacy
+
+    def check_widths(self, fields: Mapping[str, Any]) -> None:
+        for key, same in (("conv_dim", "hidden_size"), ("conv_dim_out", "hidden_size"),
+                          ("block_dim", "hidden_size")):  # fmt: skip
+            value = self.get(key, fields[same], required=False)
+            if value != fields[same]:
+                raise self.refuse(key, value, f"{same} = {fields[same]}")
+        for key, expected in FIXED_KEYS.items():
+            value = self.get(key, expected, required=False)
+            if value != expected:
+                raise self.refuse(key, value, repr(expected))
+        heads, kv_heads = fields["num_attention_heads"], fields["num_key_value_heads"]
+        if fields["hidden_size"] % heads or fields["hidden_size"] // heads % 2:
+            raise self.refuse("num_attention_heads", heads, "an even width for every head")
+        if heads % kv_heads:
+            raise self.refuse("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
+        head_dim = self.get("head_dim", fields["hidden_size"] // heads, required=False)
+        if head_dim * heads != fields["hidden_size"]:
+            raise self.refuse("head_dim", head_dim, "hidden_size / num_attention_heads")
+
+    def unknown_keys(self) -> tuple[str, ...]:
+        return tuple(sorted(set(self.values) - self.seen))

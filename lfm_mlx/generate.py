@@ -1,0 +1,267 @@
+"""Prompt → streamed text on a terminal, a pipe, or as JSON lines.
+
+    python -m lfm_mlx.generate --model demo --prompt "What is 27 + 58?"
+
+Text goes to stdout, statistics and progress to stderr.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from lfm_mlx import chat, memory
+from lfm_mlx.checkpoint import Checkpoint, resolve
+from lfm_mlx.command import INTERRUPTED, InputError, run
+from lfm_mlx.config import Config
+from lfm_mlx.decode import PREFILL_CHUNK, decode
+from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes
+from lfm_mlx.model import Model
+from lfm_mlx.sample import Sampler, Sampling
+
+DIM, CYAN, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[0m"
+STYLES = {chat.THINKING: DIM, chat.TOOL_CALL: CYAN, chat.TEXT: ""}
+MAX_TOKENS = 16384
+
+
+@dataclass
+class Statistics:
+    """What a run took. Times in seconds since the prompt was handed over."""
+
+    prompt_tokens: int
+    generated_tokens: int = 0
+    time_to_first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    finish_reason: str = "interrupted"
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        return _rate(self.prompt_tokens, self.time_to_first_token_seconds)
+
+    @property
+    def generated_tokens_per_second(self) -> float:
+        after_first = self.total_seconds - self.time_to_first_token_seconds
+        return _rate(self.generated_tokens - 1, after_first)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "prompt_tokens_per_second": round(self.prompt_tokens_per_second, 3),
+            "generated_tokens_per_second": round(self.generated_tokens_per_second, 3),
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"prompt: {self.prompt_tokens} tokens, {self.prompt_tokens_per_second:.1f} tokens/s, "
+            f"first token after {self.time_to_first_token_seconds:.2f} s\n"
+            f"answer: {self.generated_tokens} tokens, {self.generated_tokens_per_second:.1f} "
+            f"tokens/s, finished: {self.finish_reason}\n"
+            f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB"
+        )
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if seconds > 0 and count > 0 else 0.0
+
+
+def stream(
+    model: Model, tokenizer: Any, prompt: list[int], sampler: Sampler, max_tokens: int,
+    statistics: Statistics, **options: Any,
+) -> Iterator[str]:  # fmt: skip
+    """The answer's text, piece by piece; fills `statistics` as it goes. options: `decode`'s."""
+    text = chat.TextStream(tokenizer)
+    began = time.perf_counter()
+    stops = tokenizer.eos_token_ids
+    for step in decode(
+        model, prompt, sampler=sampler, max_tokens=max_tokens, stop_ids=stops, **options
+    ):
+        statistics.total_seconds = time.perf_counter() - began
+        statistics.generated_tokens += 1
+        if statistics.generated_tokens == 1:
+            statistics.time_to_first_token_seconds = statistics.total_seconds
+        if step.finish_reason is not None:
+            statistics.finish_reason = step.finish_reason
+        if step.finish_reason != "stop":
+            yield text.add(step.token)
+    yield text.finish()
+
+
+class Printer:
+    """Writes segments to stdout: styled on a terminal, with their tags in a pipe, or as JSON."""
+
+    def __init__(self, show_thinking: bool, as_json: bool):
+        self.show_thinking = show_thinking
+        self.as_json = as_json
+        self.styled = sys.stdout.isatty()
+        self.kind = chat.TEXT
+
+    def event(self, event: str, **content: Any) -> None:
+        print(json.dumps({"event": event} | content, ensure_ascii=False), flush=True)
+
+    def segment(self, segment: chat.Segment) -> None:
+        if segment.kind == chat.THINKING and not self.show_thinking:
+            return
+        if self.as_json:
+            self.event(segment.kind, text=segment.text)
+            return
+        self.change(segment.kind)
+        sys.stdout.write(segment.text)
+        sys.stdout.flush()
+
+    def change(self, kind: str) -> None:
+        """Close the kind of segment that was being written and open this one."""
+        if kind == self.kind:
+            return
+        opening = {name: tag for tag, (_, name) in chat.TAGS.items()}
+        closing = {name: tag for tag, name in chat.TAGS.values()}
+        if self.styled:
+            after = PLAIN + "\n" if self.kind != chat.TEXT else ""
+            sys.stdout.write(after + STYLES[kind])
+        else:
+            sys.stdout.write(closing.get(self.kind, "") + opening.get(kind, ""))
+        self.kind = kind
+
+    def end(self) -> None:
+        if not self.as_json:
+            self.change(chat.TEXT)
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def prompt_ids(args: argparse.Namespace, tokenizer: Any) -> list[int]:
+    """The token ids of what --prompt, --system and --raw ask for."""
+    prompt = args.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise InputError("no prompt: give --prompt TEXT, or pipe the text in")
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise InputError("the prompt is empty")
+    if args.raw:
+        if args.system is not None:
+            raise InputError("--system has no place without the chat template; leave out --raw")
+        return list(tokenizer.encode(prompt))
+    system = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return chat.render(tokenizer, [*system, {"role": "user", "content": prompt}])
+
+
+def sampling_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampling:
+    """The checkpoint's sampling with what the command line changes."""
+    defaults = Sampling.of_checkpoint(checkpoint.generation_config)
+    given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    return replace(defaults, **{key: value for key, value in given.items() if value is not None})
+
+
+def room_for_answer(config: Config, prompt_tokens: int, max_tokens: int) -> int:
+    """The tokens that may be generated: --max-tokens, or what the model's context leaves."""
+    room = config.max_position_embeddings - prompt_tokens
+    if room < 1:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens; the model reads at most "
+            f"{config.max_position_embeddings - 1} and then answers"
+        )
+    return min(max_tokens, room)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lfm_mlx.generate", description="Answer a prompt.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder, hub name, or demo")
+    add("--prompt", help="the user's message (default: standard input)")
+    add("--system", help="the system message")
+    add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
+    add("--no-show-thinking", action="store_true", help="show the answer only")
+    add("--json", action="store_true", help="one JSON object per event on stdout")
+    add("--temp", type=float, dest="temperature", metavar="T", help="0: always the likeliest token")
+    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens; 0: all")
+    add("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this mass")
+    add("--min-p", type=float, metavar="P", help="least probability, relative to the likeliest")
+    add("--repetition-penalty", type=float, metavar="R", help="1: none")
+    add("--seed", type=int, help="the same seed draws the same tokens")
+    add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on a CPU")
+    add("--check", action="store_true", help="refuse weights with NaN or infinity")
+    add("--force", action="store_true", help="load even what does not fit in memory")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.max_tokens < 1:
+        raise InputError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
+    folder = resolve(args.model)
+    checkpoint = Checkpoint(folder)
+    config = Config.from_dict(checkpoint.config)
+    sampling = sampling_of(args, checkpoint)
+    tokenizer = load_tokenizer(folder)
+    prompt = prompt_ids(args, tokenizer)
+    max_tokens = room_for_answer(config, len(prompt), args.max_tokens)
+    if not args.force:
+        require_room(checkpoint, config, args.dtype, len(prompt) + max_tokens)
+    loading = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
+    with memory.wired_limit():
+        model = load_model(folder, dtype=args.dtype, check=args.check, progress=loading)
+        sampler = Sampler(config.vocab_size, sampling, args.seed)
+        return answer(args, model, tokenizer, prompt, sampler, max_tokens)
+
+
+def require_room(checkpoint: Checkpoint, config: Config, dtype: str | None, context: int) -> None:
+    """Raise InputError when weights and cache of `context` tokens cannot fit."""
+    target = as_dtype(dtype)
+    itemsize = target.size if target is not None else 2
+    weight_bytes = loaded_bytes(config, checkpoint.tensors, target)
+    memory.require_room(weight_bytes, config.cache_bytes(context, itemsize), context)
+
+
+def answer(
+    args: argparse.Namespace, model: Model, tokenizer: Any, prompt: list[int], sampler: Sampler,
+    max_tokens: int,
+) -> int:  # fmt: skip
+    """Print the answer and the statistics; returns the exit code."""
+    statistics = Statistics(len(prompt))
+    printer = Printer(not args.no_show_thinking, args.json)
+    long = len(prompt) > PREFILL_CHUNK
+    bar = tqdm(
+        total=len(prompt), desc="read", unit="token", disable=None if long else True, leave=False
+    )
+    if args.json:
+        printer.event("prompt", tokens=len(prompt))
+
+    def progress(done: int, _: int) -> None:
+        bar.update(done - bar.n)
+        if done == len(prompt):
+            bar.close()
+
+    pieces = stream(
+        model, tokenizer, prompt, sampler, max_tokens, statistics, progress=progress
+    )  # fmt: skip
+    code = 0
+    try:
+        for segment in chat.segments(pieces):
+            printer.segment(segment)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    finally:
+        bar.close()
+    printer.end()
+    statistics.peak_memory_bytes = memory.peak_bytes()
+    if args.json:
+        printer.event("end", **statistics.as_dict())
+    print(statistics, file=sys.stderr)
+    return code
+
+
+def command() -> int:
+    return run(main, "lfm_mlx.generate")
+
+
+if __name__ == "__main__":
+    sys.exit(command())

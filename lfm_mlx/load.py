@@ -1,0 +1,147 @@
+"""Folder → model and tokenizer: where checkpoint, config, weights, model and quantization meet.
+
+    model, tokenizer = lfm_mlx.load("demo")
+
+Every tensor of the checkpoint is used and every parameter filled, or loading fails with a list.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_wrapped
+
+from lfm_mlx import memory, quantize, weights
+from lfm_mlx.checkpoint import Checkpoint, TensorInfo, listing, resolve
+from lfm_mlx.command import InputError, one_line
+from lfm_mlx.config import Config
+from lfm_mlx.model import Model
+
+log = logging.getLogger("lfm_mlx")
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def load(
+    path_or_repo: str | Path, *, dtype: str | mx.Dtype | None = None, check: bool = False,
+    progress: weights.Progress = iter,
+) -> tuple[Model, TokenizerWrapper]:  # fmt: skip
+    """The model and its tokenizer, from a folder, a hub name, or `demo`.
+
+    dtype: of activations and floating weights; None keeps the checkpoint's on a GPU and is float32
+        on the CPU, where MLX computes half precision many times slower
+    check: read every weight for NaN and infinity first
+    progress: wraps the list of parameters that are read
+
+    Raises InputError for whatever is wrong with the name or the folder.
+    """
+    folder = resolve(path_or_repo)
+    model = load_model(folder, dtype=dtype, check=check, progress=progress)
+    return model, load_tokenizer(folder)
+
+
+def load_model(
+    folder: str | Path, *, dtype: str | mx.Dtype | None = None, check: bool = False,
+    progress: weights.Progress = iter,
+) -> Model:  # fmt: skip
+    """The model of a checkpoint folder, weights in place, quantized or not; options as `load`."""
+    checkpoint = Checkpoint(folder)
+    config = Config.from_dict(checkpoint.config)
+    if config.unknown_keys:
+        log.warning("config.json: keys without effect here: %s", listing([*config.unknown_keys]))
+    model = Model(config)
+    tensors = checkpoint.tensors
+    published = partial(weights.published_name, config)
+    if config.quantization is not None:
+        stored = {parameter.name for parameter in weights.assignments(config, tensors)}
+        packed = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
+        quantize.pack_modules(model, config.quantization, packed.__contains__, published)
+    expected = dict(tree_flatten(model.parameters()))
+    parameters = weights.plan(config, tensors, expected)
+    target = as_dtype(dtype)
+    kept = stored_as_is(config, tensors, target)
+    filled: list[tuple[str, mx.array]] = []
+    for parameter, built in weights.build_each(parameters, checkpoint.arrays(), progress):
+        keep = kept and ".switch_mlp." in parameter.name
+        array = weights.cast(parameter.name, built, None if keep else target)
+        mx.eval(array)
+        filled.append((parameter.name, array))
+    if check:
+        check_values(dict(filled))
+    model.load_weights(filled)
+    model.eval()
+    return model
+
+
+def check_values(arrays: dict[str, mx.array]) -> None:
+    """Raise InputError that lists the parameters with a NaN or an infinity."""
+    bad = weights.bad_values(arrays, sorted(arrays))
+    if bad:
+        raise InputError(f"weights with NaN or infinity: {listing(bad)}; download them again")
+
+
+def as_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
+    """The dtype weights are cast to: the one asked for, by default float32 on the CPU."""
+    if dtype is None:
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        return mx.float32 if on_cpu else None
+    if isinstance(dtype, mx.Dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def loaded_bytes(config: Config, tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> int:
+    """What the weights will take in memory when their floating ones are cast to `dtype`."""
+    kept = stored_as_is(config, tensors, dtype)
+    return sum(
+        info.nbytes if kept and ".experts." in name else cast_bytes(info, dtype)
+        for name, info in tensors.items()
+    )
+
+
+def stored_as_is(config: Config, tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> bool:
+    """Whether expert weights keep the checkpoint's dtype, and are widened when they are read.
+
+    So it is when all weights in `dtype` would fill more than half of the memory: an unquantized
+    8.5 B checkpoint in float32 takes 34 GB, in bfloat16 17 GB.
+    """
+    if dtype != mx.float32 or config.quantization is not None:
+        return False
+    return sum(cast_bytes(info, dtype) for info in tensors.values()) > memory.device_bytes() / 2
+
+
+def cast_bytes(info: TensorInfo, dtype: mx.Dtype | None) -> int:
+    if dtype is None or info.dtype not in weights.FLOATS:
+        return info.nbytes
+    return info.nbytes // {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}[info.dtype] * dtype.size
+
+
+def load_tokenizer(folder: str | Path) -> TokenizerWrapper:
+    """The folder's tokenizer in mlx-lm's wrapper, which streams text and knows every stop token.
+
+    Raises InputError when there is none or it cannot be read.
+    """
+    checkpoint = Checkpoint(folder)
+    if not (checkpoint.folder / "tokenizer.json").exists():
+        raise InputError(f"{folder}: no tokenizer.json; take it from the model's own repository")
+    try:
+        return load_wrapped(checkpoint.folder, eos_token_ids=list(stop_ids(checkpoint)))
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise InputError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from error
+
+
+def stop_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """The ids that end a turn, from generation_config.json and config.json together."""
+    found: dict[int, Any] = {}
+    for source in (checkpoint.generation_config, checkpoint.config):
+        ids = source.get("eos_token_id")
+        found |= dict.fromkeys(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return tuple(found)
+
+
+load.load_model = load_model  # pyright: ignore[reportFunctionMemberAccess] - lfm_mlx.load is both

@@ -1,0 +1,108 @@
+"""Quantization recipes as a table: path pattern → bits, group size and mode.
+
+A recipe says how each projection and the embedding are packed; the router's gate and the expert
+biases are never packed by a recipe of ours, because a flipped expert costs more than they weigh.
+Norms and convolution taps are not matrices and stay as they are.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from lfm_mlx.command import InputError
+
+# Per mode: its bits and its group sizes, the default first.
+MODES = {
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+NEVER = (r".*\.feed_forward\.gate",)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How one matrix is packed: `bits` an element, `group_size` elements sharing a scale."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    @classmethod
+    def of(
+        cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None
+    ) -> "Packing":
+        """A packing with its mode's defaults filled in. Raises InputError when MLX lacks it."""
+        if mode not in MODES:
+            raise InputError(f"quantization mode is {mode!r}; supported: {', '.join(MODES)}")
+        accepted_bits, accepted_groups = MODES[mode]
+        packing = cls(bits or accepted_bits[0], group_size or accepted_groups[0], mode)
+        for what, value, accepted in (
+            ("bits", packing.bits, accepted_bits),
+            ("group size", packing.group_size, accepted_groups),
+        ):
+            if value not in accepted:
+                known = ", ".join(str(number) for number in sorted(accepted))
+                raise InputError(f"{what} is {value} in mode {mode}; supported: {known}")
+        return packing
+
+    def pack(self, weight: mx.array) -> dict[str, mx.array]:
+        """The packed parts of `weight` [..., out, in]: weight, scales and, if affine, biases."""
+        parts = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
+        return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A default packing, and the patterns (full match on a module's path) that override it.
+
+    A rule's packing of None leaves the module in floating point. The first rule that matches wins.
+    """
+
+    default: Packing
+    rules: tuple[tuple[str, Packing | None], ...] = ()
+
+    def packing(self, path: str, width: int) -> Packing | None:
+        """How the module at `path`, `width` inputs wide, is packed; None: it stays floating."""
+        rules = (*((pattern, None) for pattern in NEVER), *self.rules)
+        chosen = next((p for pattern, p in rules if re.fullmatch(pattern, path)), self.default)
+        return chosen if chosen is not None and width % chosen.group_size == 0 else None
+
+
+def packable(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that can be packed, by path."""
+    return {path: m for path, m in model.named_modules() if hasattr(m, "to_quantized")}
+
+
+def pack_modules(
+    model: nn.Module, settings: Mapping[str, Any], is_packed: Callable[[str], bool],
+    published: Callable[[str], str],
+) -> None:  # fmt: skip
+    """Replace the modules a quantized checkpoint has packed by their quantized kind.
+
+    settings: config.json's `quantization`: the default and, by path, exceptions to it
+    is_packed: whether the checkpoint has scales for a module's path
+    published: the checkpoint's name for a path
+
+    Raises InputError for a mode or size MLX lacks, and for settings that name no module.
+    """
+    modules = packable(model)
+    names = {published(path): path for path in modules}
+    entries = {key: value for key, value in settings.items() if isinstance(value, (dict, bool))}
+    unknown = sorted(set(entries) - set(names) - set(modules))
+    if unknown:
+        raise InputError(f"config.json: quantization names no module of this model: {unknown[:8]}")
+    default = {key: settings[key] for key in ("bits", "group_size", "mode") if key in settings}
+
+    def settings_of(path: str, _: nn.Module) -> bool | dict[str, Any]:
+        if path not in modules or not is_packed(path):
+            return False
+        entry = entries.get(published(path), entries.get(path, default))
+        return asdict(Packing.of(**(default if isinstance(entry, bool) else entry)))
+
+    nn.quantize(model, class_predicate=settings_of)
