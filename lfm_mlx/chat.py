@@ -21,10 +21,11 @@ TAGS = {
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of an answer. Neighbouring Segments of one kind are pieces of the same."""
+    """A piece of an answer: `begins` is true of the first piece of each block."""
 
     kind: str
     text: str
+    begins: bool = False
 
 
 def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -80,7 +81,7 @@ def segments(pieces: Iterable[str]) -> Iterator[Segment]:
 
     Tags are left out. A block that is never closed keeps its kind to the end.
     """
-    held, kind, closing = "", TEXT, ""
+    held, kind, closing, begins = "", TEXT, "", True
     for piece in pieces:
         held += piece
         while held:
@@ -90,14 +91,15 @@ def segments(pieces: Iterable[str]) -> Iterator[Segment]:
                 keep = longest_beginning(held, tags)
                 ready, held = held[: len(held) - keep], held[len(held) - keep :]
                 if ready:
-                    yield Segment(kind, ready)
+                    yield Segment(kind, ready, begins)
+                    begins = False
                 break
             if at:
-                yield Segment(kind, held[:at])
-            held = held[at + len(tag) :]
+                yield Segment(kind, held[:at], begins)
+            held, begins = held[at + len(tag) :], True
             closing, kind = tags[tag]
     if held:
-        yield Segment(kind, held)
+        yield Segment(kind, held, begins)
 
 
 def longest_beginning(text: str, tags: Iterable[str]) -> int:

@@ -110,14 +110,13 @@ class Printer:
         if self.as_json:
             self.event(segment.kind, text=segment.text)
             return
-        self.change(segment.kind)
+        if segment.begins:
+            self.change(segment.kind)
         sys.stdout.write(segment.text)
         sys.stdout.flush()
 
     def change(self, kind: str) -> None:
-        """Close the kind of segment that was being written and open this one."""
-        if kind == self.kind:
-            return
+        """Close the block that was being written and open one of this kind."""
         opening = {name: tag for tag, (_, name) in chat.TAGS.items()}
         closing = {name: tag for tag, name in chat.TAGS.values()}
         if self.styled:

@@ -79,7 +79,7 @@ class Sampler:
     def observe(self, tokens: Sequence[int]) -> None:
         """Count these tokens as had."""
         if self._seen is not None:
-            self._seen[mx.array(list(tokens))] = True
+            self._seen[mx.array(list(tokens), mx.int32)] = True
 
     def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """The next token and the logarithm of the probability the model gave it.

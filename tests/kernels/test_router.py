@@ -1,0 +1,98 @@
+"""The router against its definition in NumPy, and against the three rules ports got wrong."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from judge import judge_router, sigmoid, softmax
+from models import as_numpy
+
+from lfm_mlx.kernels.router import router
+
+SIZES = [(1, 8, 2), (3, 32, 4), (17, 33, 5), (64, 7, 7), (129, 32, 1)]  # tokens, E, K
+
+
+def draw(seed: int, tokens: int, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [L, E], and a bias [E] large enough to change what is chosen."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(tokens, experts)).astype(np.float32)
+    return logits, rng.normal(scale=0.2, size=experts).astype(np.float32)
+
+
+def expected(
+    logits: np.ndarray, bias: np.ndarray | None, count: int, norm: bool = True, scale: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The judge's answer for logits: its gate is the identity."""
+    gate = np.eye(logits.shape[-1])
+    return judge_router(logits.astype(np.float64), gate, bias, count, norm, scale)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("tokens", "experts", "count"), SIZES)
+def test_router_equals_its_definition(seed: int, tokens: int, experts: int, count: int) -> None:
+    logits, bias = draw(seed, tokens, experts)
+    indices, weights = router(mx.array(logits), mx.array(bias), count)
+    chosen, wanted = expected(logits, bias, count)
+    np.testing.assert_array_equal(np.array(indices), chosen)
+    np.testing.assert_allclose(np.array(weights), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_router_options(norm: bool, scale: float) -> None:
+    logits, bias = draw(3, 21, 16)
+    _, weights = router(mx.array(logits), mx.array(bias), 3, normalize=norm, scale=scale)
+    np.testing.assert_allclose(np.array(weights), expected(logits, bias, 3, norm, scale)[1], 1e-5)
+
+
+def test_router_without_bias() -> None:
+    logits, _ = draw(4, 21, 16)
+    indices, _ = router(mx.array(logits), None, 3)
+    np.testing.assert_array_equal(np.array(indices), np.argsort(-logits, kind="stable")[:, :3])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_scores_choose_as_float32_does_on_the_same_scores(dtype: mx.Dtype) -> None:
+    logits, bias = draw(5, 64, 32)
+    half = mx.array(logits).astype(dtype)
+    indices, weights = router(half, mx.array(bias), 4)
+    scores = as_numpy(mx.sigmoid(half))
+    chosen = np.argsort(-(scores + bias), axis=-1, kind="stable")[:, :4]
+    np.testing.assert_array_equal(np.array(indices), chosen)
+    picked = np.take_along_axis(scores, chosen, -1)
+    exact = picked / (picked.sum(-1, keepdims=True) + 1e-6)
+    assert weights.dtype == dtype
+    rounding = {mx.float16: 2**-11, mx.bfloat16: 2**-8}[dtype]
+    np.testing.assert_allclose(as_numpy(weights), exact, rtol=rounding)
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    indices, _ = router(mx.zeros((5, 32)), mx.zeros((32,)), 4)
+    np.testing.assert_array_equal(np.array(indices), np.tile(np.arange(4), (5, 1)))
+
+
+def test_softmax_would_be_seen() -> None:
+    logits, bias = draw(6, 200, 32)
+    indices, _ = router(mx.array(logits), mx.array(bias), 4)
+    wrong = np.argsort(-(softmax(logits) + bias), axis=-1, kind="stable")[:, :4]
+    differ = (np.sort(np.array(indices), -1) != np.sort(wrong, -1)).any(-1)
+    assert differ.mean() > 0.29
+
+
+def test_biased_weights_would_be_seen() -> None:
+    logits, bias = draw(7, 200, 32)
+    indices, weights = router(mx.array(logits), mx.array(bias), 4)
+    biased = np.take_along_axis(sigmoid(logits) + bias, np.array(indices), -1)
+    wrong = biased / biased.sum(-1, keepdims=True)
+    assert (np.abs(np.array(weights) - wrong).max(-1) > 1e-3).mean() > 0.9
+
+
+def test_a_missing_epsilon_would_be_seen() -> None:
+    # Scores near 1e-6 are where the 1e-6 in the divisor decides: four equal ones weigh 0.2 each.
+    logits = np.full((1, 8), np.log(1e-6), np.float32)
+    _, weights = router(mx.array(logits), None, 4)
+    np.testing.assert_allclose(np.array(weights), 1 / 5, rtol=1e-3)
+
+
+def test_a_kernel_that_is_not_there_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="router: the Metal kernel cannot run"):
+        router(mx.zeros((1, 8)), None, 2, use_kernel=True)

@@ -1,0 +1,174 @@
+"""The generate command on the embedded model: streams, events, errors, interruptions."""
+
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lfm_mlx import generate, memory
+from lfm_mlx.checkpoint import DEMO_FOLDER
+from lfm_mlx.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.load import load_tokenizer
+
+COMMAND = [sys.executable, "-m", "lfm_mlx.generate", "--model", "demo"]
+SUM = "What is 27 + 58?"
+
+
+def events(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict]:
+    assert generate.main(["--model", "demo", "--json", *argv]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def text_of(found: list[dict], kind: str) -> str:
+    return "".join(event["text"] for event in found if event["event"] == kind)
+
+
+def test_json_has_one_object_per_event(capsys: pytest.CaptureFixture[str]) -> None:
+    found = events(capsys, "--prompt", SUM)
+    assert found[0] == {"event": "prompt", "tokens": found[-1]["prompt_tokens"]}
+    assert text_of(found, "thinking")
+    assert "85" in text_of(found, "text")
+    assert "<think>" not in text_of(found, "text") + text_of(found, "thinking")
+    assert found[-1]["event"] == "end"
+    assert found[-1]["finish_reason"] == "stop"
+    assert found[-1]["generated_tokens_per_second"] > 0
+    assert found[-1]["peak_memory_bytes"] > 50e6
+
+
+def test_thinking_can_be_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    found = events(capsys, "--prompt", SUM, "--no-show-thinking")
+    assert not text_of(found, "thinking")
+    assert "85" in text_of(found, "text")
+
+
+def test_a_pipe_gets_text_with_its_tags_and_stderr_the_statistics(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    generate.main(["--model", "demo", "--prompt", SUM])
+    out, err = capsys.readouterr()
+    thinking, _, answer = out.partition("</think>")
+    assert thinking.startswith("<think>")
+    assert "85" in answer
+    assert answer.endswith("\n")
+    assert "tokens/s" in err
+    assert "first token after" in err
+    assert "peak memory" in err
+
+
+def test_the_prompt_may_come_from_standard_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(SUM))
+    piped = events(capsys)
+    given = events(capsys, "--prompt", SUM)
+    assert text_of(piped, "text") == text_of(given, "text")
+
+
+def test_a_system_message_enters_the_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = events(capsys, "--prompt", SUM, "--max-tokens", "1")
+    system = events(capsys, "--prompt", SUM, "--system", "Be brief.", "--max-tokens", "1")
+    assert system[0]["tokens"] > plain[0]["tokens"]
+    assert system[-1]["finish_reason"] == "length"
+
+
+def test_raw_continues_the_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(DEMO_FOLDER)
+    found = events(capsys, "--prompt", SUM, "--raw", "--max-tokens", "3")
+    assert found[0]["tokens"] == len(tokenizer.encode(SUM))  # pyright: ignore
+
+
+def test_the_same_seed_gives_the_same_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(seed: str) -> str:
+        hot = ["--temp", "3", "--top-k", "0", "--max-tokens", "25", "--raw"]
+        found = events(capsys, "--prompt", "a", "--seed", seed, *hot)
+        return text_of(found, "text") + text_of(found, "thinking")
+
+    assert run("1") == run("1")
+    assert run("1") != run("2")
+
+
+def test_multi_byte_text_streams_whole_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    found = events(capsys, "--prompt", "How do you say hello in Japanese?")
+    assert "こんにちは" in text_of(found, "text")
+    assert all("\ufffd" not in event.get("text", "") for event in found)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0; expected 1 or more"),
+        (["--prompt", "a", "--temp", "-1"], "temperature is -1.0; expected 0 or more"),
+        (["--prompt", "a", "--top-p", "7"], "top_p is 7.0; expected above 0"),
+        (["--prompt", "a", "--raw", "--system", "b"], "leave out --raw"),
+        (["--prompt", "word " * 5000], "reads at most"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lfm_mlx.generate", "--model", "demo", *argv])
+    assert generate.command() == BAD_INPUT
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert says in err
+
+
+def test_what_cannot_fit_is_refused_before_loading(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "device_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(sys, "argv", [*COMMAND[2:], "--prompt", "a", "--max-tokens", "2"])
+    assert generate.command() == BAD_INPUT
+    assert "the device has 0.1 GB" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--force"])
+    assert generate.command() == 0
+
+
+def test_a_terminal_sees_dim_thinking() -> None:
+    master, terminal = pty.openpty()
+    run = subprocess.run(
+        [*COMMAND, "--prompt", SUM], stdout=terminal, stderr=subprocess.PIPE, stdin=terminal,
+        check=True,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = os.read(master, 65536).decode()
+    os.close(master)
+    before, _, answer = shown.partition(generate.PLAIN)
+    assert before.startswith(generate.DIM)
+    assert "think>" not in shown
+    assert "85" in answer
+    assert b"\r" not in run.stderr, "a progress bar where there is no terminal"
+
+
+def test_ctrl_c_ends_with_the_statistics() -> None:
+    long = ["--raw", "--temp", "5", "--top-k", "0", "--max-tokens", "4000", "--prompt", "a"]
+    process = subprocess.Popen(
+        [*COMMAND, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.read(20)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED
+    assert "finished: interrupted" in err
+    assert "Traceback" not in err
+
+
+def test_a_closed_pipe_is_silent() -> None:
+    long = ["--raw", "--temp", "5", "--top-k", "0", "--max-tokens", "4000", "--prompt", "a"]
+    process = subprocess.Popen([*COMMAND, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0
