@@ -5,6 +5,7 @@ lacks, and lists in `unknown_keys` the keys it does not know. Nothing has a defa
 checkpoint could disagree with: what shapes the model must be in the file.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,9 +175,11 @@ class _Reader:
         return value
 
     def positive(self, key: str, kind: type = int) -> Any:
-        value = self.get(key)
+        return self.as_positive(key, self.get(key), kind)
+
+    def as_positive(self, key: str, value: Any, kind: type) -> Any:
         numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not numeric or value <= 0 or kind(value) != value:
+        if not numeric or not 0 < value < math.inf or kind(value) != value:
             raise self.refuse(key, value, f"a positive {kind.__name__}")
         return kind(value)
 
@@ -188,43 +191,61 @@ class _Reader:
 
     def token_ids(self, key: str) -> tuple[int, ...]:
         value = self.get(key, (), required=False)
-        return (value,) if isinstance(value, int) else tuple(value)
+        ids = value if isinstance(value, (list, tuple)) else (value,)
+        if not all(type(token) is int for token in ids):
+            raise self.refuse(key, value, "a token id or a list of them")
+        return tuple(ids)
 
     def layer_types(self) -> tuple[str, ...]:
         count = self.positive("num_hidden_layers")
         indices = self.get("full_attn_idxs", required=False)
         types = self.get("layer_types", required=indices is None)
-        if types is None:
-            types = [ATTENTION if index in indices else CONV for index in range(count)]
-        if len(types) != count:
-            raise self.refuse("layer_types", types, f"num_hidden_layers = {count} entries")
+        if indices is not None:
+            listed = self.types_by_index(indices, count)
+            if types not in (None, listed, tuple(listed)):
+                raise self.refuse("layer_types", types, f"what full_attn_idxs = {indices} says")
+            types = listed
+        if not isinstance(types, (list, tuple)) or len(types) != count:
+            raise self.refuse("layer_types", types, f"a list of num_hidden_layers = {count}")
         for layer_type in types:
             if layer_type not in (CONV, ATTENTION):
                 raise self.refuse("layer_types", layer_type, f"{CONV} or {ATTENTION}")
         return tuple(types)
 
+    def types_by_index(self, indices: Any, count: int) -> list[str]:
+        known = isinstance(indices, (list, tuple)) and all(
+            index in range(count) for index in indices
+        )
+        if not known:
+            raise self.refuse("full_attn_idxs", indices, f"a list of layers below {count}")
+        return [ATTENTION if index in indices else CONV for index in range(count)]
+
     def rope_theta(self) -> float:
         """The base of the rotary embedding, from its nested or its two top-level spellings."""
-        nested = dict(self.get("rope_parameters", {}, required=False))
-        top = [self.get(key, required=False) for key in ("rope_theta", "theta")]
-        rope_type = nested.pop("rope_type", "default")
+        nested = self.get("rope_parameters", {}, required=False)
+        if not isinstance(nested, Mapping):
+            raise self.refuse("rope_parameters", nested, "an object with rope_theta")
+        rope_type = nested.get("rope_type", "default")
         if rope_type != "default":
             raise self.refuse("rope_parameters.rope_type", rope_type, "default")
-        theta = nested.pop("rope_theta", None) or next(filter(None, top), None)
-        if nested.pop("partial_rotary_factor", 1.0) != 1.0 or nested:
-            raise self.refuse("rope_parameters", self.values["rope_parameters"], "rope_theta alone")
-        if not theta:
+        plain = {"rope_type": "default", "partial_rotary_factor": 1.0}
+        for key in sorted(set(nested) - {"rope_theta"}):
+            if key not in plain or nested[key] != plain[key]:
+                raise self.refuse(f"rope_parameters.{key}", nested[key], "rope_theta alone")
+        top = [self.get(key, required=False) for key in ("rope_theta", "theta")]
+        theta = next((t for t in (nested.get("rope_theta"), *top) if t is not None), None)
+        if theta is None:
             raise InputError(
                 "config.json: key 'rope_theta' is missing, at the top or in rope_parameters; "
                 "take config.json from the model's own repository"
             )
-        return float(theta)
+        return self.as_positive("rope_theta", theta, float)
 
     def experts(self, num_layers: int) -> dict[str, Any]:
         keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
         fields = {key: self.positive(key) for key in keys}
         fields["num_dense_layers"] = dense = self.get("num_dense_layers")
-        if not isinstance(dense, int) or not 0 <= dense <= num_layers:
+        if type(dense) is not int or not 0 <= dense <= num_layers:
             raise self.refuse("num_dense_layers", dense, f"0 to num_hidden_layers = {num_layers}")
         if fields["num_experts_per_tok"] > fields["num_experts"]:
             raise self.refuse(
@@ -244,23 +265,26 @@ class _Reader:
         if "block_ffn_dim_multiplier" in self.values:
             multiplier = self.values["block_ffn_dim_multiplier"]
         multiple = self.get("block_multiple_of", 256, required=False)
+        multiple = self.as_positive("block_multiple_of", multiple, int)
         if not self.flag("block_auto_adjust_ff_dim", default=True):
             return width
         width = int(2 * width / 3)
         if multiplier is None:
             return width
+        multiplier = self.as_positive("block_ffn_dim_multiplier", multiplier, float)
         return multiple * -(-int(multiplier * width) // multiple)
 
     def quantization(self) -> Mapping[str, Any] | None:
-        found = self.get("quantization", required=False)
-        legacy = self.values.get("quantization_config")
-        if found is None and legacy is not None and "bits" not in legacy:
+        key = "quantization" if self.get("quantization", required=False) else "quantization_config"
+        found = self.values.get(key)
+        if not found:
+            return None
+        if not isinstance(found, Mapping) or not {"bits", "group_size"} <= set(found):
+            method = found.get("quant_method", found) if isinstance(found, Mapping) else found
             raise self.refuse(
-                "quantization_config",
-                legacy.get("quant_method", legacy),
-                "MLX's own quantization; convert the original checkpoint instead",
+                key, method, "MLX's bits and group_size; convert the original checkpoint instead"
             )
-        return found if found is not None else legacy
+        return found
 
     def check_widths(self, fields: Mapping[str, Any]) -> None:
         for key, same in (("conv_dim", "hidden_size"), ("conv_dim_out", "hidden_size"),
@@ -278,7 +302,7 @@ class _Reader:
         if heads % kv_heads:
             raise self.refuse("num_key_value_heads", kv_heads, f"a divisor of {heads} heads")
         head_dim = self.get("head_dim", fields["hidden_size"] // heads, required=False)
-        if head_dim * heads != fields["hidden_size"]:
+        if head_dim != fields["hidden_size"] // heads:
             raise self.refuse("head_dim", head_dim, "hidden_size / num_attention_heads")
 
     def unknown_keys(self) -> tuple[str, ...]:

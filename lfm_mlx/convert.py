@@ -8,10 +8,11 @@ The folder opens in lfm_mlx and in stock mlx-lm. It appears under its name only 
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,18 @@ from tqdm import tqdm
 
 from lfm_mlx import weights
 from lfm_mlx.checkpoint import (
-    Checkpoint,
+    ITEMSIZE,
     ShardWriter,
+    TensorInfo,
     atomic_folder,
     copy_kept,
     free_bytes,
+    require_vacant,
     resolve,
     write_json,
 )
 from lfm_mlx.command import InputError, run
-from lfm_mlx.config import Config
-from lfm_mlx.load import DTYPES, check_values
+from lfm_mlx.load import DTYPES, as_dtype, check_values, open_checkpoint
 from lfm_mlx.model import Model
 from lfm_mlx.quantize import MODES, Packing, Recipe, packable
 
@@ -65,61 +67,108 @@ def convert(
     `out` is as it was before.
     """
     began = time.perf_counter()
+    require_vacant(Path(out), force=force)  # before a long download
     folder = resolve(source)
-    checkpoint = Checkpoint(folder)
-    config = Config.from_dict(checkpoint.config)
+    checkpoint, config = open_checkpoint(folder)
     if config.quantization is not None:
         raise InputError(f"{source}: is quantized already; convert the original checkpoint instead")
+    require_apart(folder, Path(out))
+    target = None if dtype is None else as_dtype(dtype)
     model = Model(config)
     expected = dict(tree_flatten(model.parameters()))
     parameters = weights.plan(config, checkpoint.tensors, expected)
-    widths = {f"{path}.weight": expected[f"{path}.weight"].shape[-1] for path in packable(model)}
-    target = None if dtype is None else DTYPES[dtype]
-    floating: list[str] = []
+    packings, floating = ({}, []) if recipe is None else recipe.packings(packable(model))
+    by_name = {f"{path}.weight": packing for path, packing in packings.items()}
+    job = Job(parameters, by_name, target, check)
     with atomic_folder(Path(out), force=force) as partial_folder:
-        require_space(partial_folder, checkpoint.nbytes, recipe)
+        require_space(partial_folder, job.nbytes(expected, checkpoint.tensors))
         writer = ShardWriter(partial_folder)
         quiet = None if show_progress else True  # None: only where stderr is a terminal
         bar = partial(tqdm, desc="convert", unit="tensor", disable=quiet)
-        for parameter, built in weights.build_each(parameters, checkpoint.arrays(), bar):
-            array = weights.cast(parameter.name, built, target)
-            if check:
-                check_values({parameter.name: array})
-            packing = None
-            if recipe is not None and parameter.name in widths:
-                path = parameter.name.removesuffix(".weight")
-                packing = recipe.packing(path, widths[parameter.name])
-                if packing is None and not path.endswith(".gate"):
-                    floating.append(path)
-            for name, part in pieces(parameter.name, array, packing):
-                writer.add(weights.published_name(config, name), part)
+        for name, array in job.stored(checkpoint.arrays(), bar):
+            writer.add(weights.published_name(config, name), array)
         total = sum(array.size for array in expected.values())
         writer.finish(total)
         copy_kept(folder, partial_folder)
-        write_json(
-            partial_folder / "config.json",
-            converted_config(checkpoint.config, source_name(source), recipe, dtype),
-        )
+        published = {weights.published_name(config, path): p for path, p in packings.items()}
+        done = converted_config(checkpoint.config, source_name(source), recipe, published, dtype)
+        write_json(partial_folder / "config.json", done)
     bits_per_weight = 8 * writer.nbytes / total
     return Report(bits_per_weight, writer.nbytes, time.perf_counter() - began, tuple(floating))
 
 
-def pieces(name: str, array: mx.array, packing: Packing | None) -> Iterator[tuple[str, mx.array]]:
-    """The tensors that store one parameter, computed."""
-    parts = {"weight": array} if packing is None else packing.pack(array)
-    mx.eval(list(parts.values()))
-    if packing is None:
-        yield name, array
-        return
-    stem = name.removesuffix("weight")
-    for part, value in parts.items():
-        yield stem + part, value
+@dataclass(frozen=True)
+class Job:
+    """What is made of the checkpoint's tensors. `packings`: by name, of parameters to be packed."""
+
+    parameters: list[weights.Parameter]
+    packings: dict[str, Packing]
+    dtype: mx.Dtype | None
+    check: bool
+
+    def stored(
+        self, arrays: dict[str, mx.array], progress: weights.Progress
+    ) -> Iterator[tuple[str, mx.array]]:
+        """Every tensor to store, computed. While one is handed out the next parameter is made."""
+        # MLX computes an operation on one core of a CPU; a second stream keeps a second one busy.
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        streams = [mx.new_stream(mx.cpu) for _ in range(2)] if on_cpu else [None]
+        waiting: dict[str, mx.array] = {}
+        for parameter, parts in weights.build_each(self.parameters, arrays, progress):
+            coming = self.pieces(parameter, parts, streams)
+            del parts
+            mx.async_eval(list(coming.values()))
+            mx.eval(list(waiting.values()))
+            yield from waiting.items()
+            waiting = coming
+        mx.eval(list(waiting.values()))
+        yield from waiting.items()
+
+    def pieces(
+        self,
+        parameter: weights.Parameter,
+        parts: list[mx.array],
+        streams: Sequence[mx.Stream | None],
+    ) -> dict[str, mx.array]:
+        """The tensors that store one parameter, lazy.
+
+        Experts are packed one by one, which is the same as together: rows are independent. So the
+        reading of one goes on while another is packed, and no stack of floats takes memory.
+        """
+        name, packing = parameter.name, self.packings.get(parameter.name)
+        parts = [weights.cast(name, part, self.dtype) for part in parts]
+        if self.check:
+            check_values({name: parameter.join(parts)})
+        if packing is None:
+            return {name: parameter.join(parts)}
+        packed = [
+            packing.pack(part, stream) for part, stream in zip(parts, cycle(streams), strict=False)
+        ]
+        stem = name.removesuffix("weight")
+        return {stem + key: parameter.join([piece[key] for piece in packed]) for key in packed[0]}
+
+    def nbytes(self, expected: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> int:
+        """What the stored tensors will take."""
+        total = 0
+        for parameter in self.parameters:
+            size = expected[parameter.name].size
+            source = tensors[parameter.sources[0]]
+            itemsize = ITEMSIZE[source.dtype] if self.dtype is None else self.dtype.size
+            packing = self.packings.get(parameter.name)
+            total += packing.nbytes(size, itemsize) if packing is not None else size * itemsize
+        return total
 
 
-def require_space(folder: Path, source_bytes: int, recipe: Recipe | None) -> None:
-    """Raise InputError when the disk surely cannot hold the result."""
-    bits = 16 if recipe is None else recipe.default.bits
-    needed, there = source_bytes * bits // 16, free_bytes(folder)
+def require_apart(source: Path, out: Path) -> None:
+    """Raise InputError when writing `out` would replace the source or a folder that holds it."""
+    source, out = source.resolve(), out.expanduser().resolve()
+    if out == source or out in source.parents:
+        raise InputError(f"--out {out}: holds the source {source}; give another name")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise InputError when the disk cannot hold the result."""
+    there = free_bytes(folder)
     if needed > there:
         raise InputError(
             f"{folder.parent}: {needed / 1e9:.1f} GB will be written and {there / 1e9:.1f} GB are "
@@ -133,16 +182,18 @@ def source_name(source: str | Path) -> str:
 
 
 def converted_config(
-    config: dict[str, Any], source: str, recipe: Recipe | None, dtype: str | None
-) -> dict[str, Any]:
-    """The source's config.json, with what was done to it."""
+    config: dict[str, Any], source: str, recipe: Recipe | None, packings: Mapping[str, Packing],
+    dtype: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The source's config.json, with what was done to it. packings: by published path."""
     done = {"tool": f"lfm_mlx {version('lfm_mlx')}", "source": source}
     result = {key: value for key, value in config.items() if key != "_name_or_path"}
     if dtype is not None:
         result |= {"dtype": dtype}
         result.pop("torch_dtype", None)
     if recipe is not None:
-        settings = asdict(recipe.default)
+        exceptions = {path: p for path, p in packings.items() if p != recipe.default}
+        settings = asdict(recipe.default) | {path: asdict(p) for path, p in exceptions.items()}
         result |= {"quantization": settings, "quantization_config": settings}
     return result | {"conversion": done}
 

@@ -6,6 +6,7 @@ Every tensor of the checkpoint is used and every parameter filled, or loading fa
 """
 
 import logging
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_wrapped
 
 from lfm_mlx import memory, quantize, weights
-from lfm_mlx.checkpoint import Checkpoint, TensorInfo, listing, resolve
+from lfm_mlx.checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, listing, resolve
 from lfm_mlx.command import InputError, one_line
 from lfm_mlx.config import Config
 from lfm_mlx.model import Model
 
 log = logging.getLogger("lfm_mlx")
+# The experts' tensors, in every spelling.
+EXPERTS = re.compile(r"\.feed_forward\.(experts|switch_mlp)\.")
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -48,10 +51,7 @@ def load_model(
     progress: weights.Progress = iter,
 ) -> Model:  # fmt: skip
     """The model of a checkpoint folder, weights in place, quantized or not; options as `load`."""
-    checkpoint = Checkpoint(folder)
-    config = Config.from_dict(checkpoint.config)
-    if config.unknown_keys:
-        log.warning("config.json: keys without effect here: %s", listing([*config.unknown_keys]))
+    checkpoint, config = open_checkpoint(folder)
     model = Model(config)
     tensors = checkpoint.tensors
     published = partial(weights.published_name, config)
@@ -64,9 +64,10 @@ def load_model(
     target = as_dtype(dtype)
     kept = stored_as_is(config, tensors, target)
     filled: list[tuple[str, mx.array]] = []
-    for parameter, built in weights.build_each(parameters, checkpoint.arrays(), progress):
+    for parameter, parts in weights.build_each(parameters, checkpoint.arrays(), progress):
         keep = kept and ".switch_mlp." in parameter.name
-        array = weights.cast(parameter.name, built, None if keep else target)
+        array = weights.cast(parameter.name, parameter.join(parts), None if keep else target)
+        del parts
         mx.eval(array)
         filled.append((parameter.name, array))
     if check:
@@ -74,6 +75,15 @@ def load_model(
     model.load_weights(filled)
     model.eval()
     return model
+
+
+def open_checkpoint(folder: str | Path) -> tuple[Checkpoint, Config]:
+    """The folder's files and its Config; keys of config.json that are not known are reported."""
+    checkpoint = Checkpoint(folder)
+    config = Config.from_dict(checkpoint.config)
+    if config.unknown_keys:
+        log.warning("config.json: keys without effect here: %s", listing([*config.unknown_keys]))
+    return checkpoint, config
 
 
 def check_values(arrays: dict[str, mx.array]) -> None:
@@ -88,18 +98,17 @@ def as_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
     if dtype is None:
         on_cpu = mx.default_device() == mx.Device(mx.cpu)
         return mx.float32 if on_cpu else None
-    if isinstance(dtype, mx.Dtype):
-        return dtype
-    if dtype not in DTYPES:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, mx.Dtype) or found not in DTYPES.values():
         raise InputError(f"dtype is {dtype!r}; supported: {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return found
 
 
 def loaded_bytes(config: Config, tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> int:
     """What the weights will take in memory when their floating ones are cast to `dtype`."""
     kept = stored_as_is(config, tensors, dtype)
     return sum(
-        info.nbytes if kept and ".experts." in name else cast_bytes(info, dtype)
+        info.nbytes if kept and EXPERTS.search(name) else cast_bytes(info, dtype)
         for name, info in tensors.items()
     )
 
@@ -110,7 +119,8 @@ def stored_as_is(config: Config, tensors: dict[str, TensorInfo], dtype: mx.Dtype
     So it is when all weights in `dtype` would fill more than half of the memory: an unquantized
     8.5 B checkpoint in float32 takes 34 GB, in bfloat16 17 GB.
     """
-    if dtype != mx.float32 or config.quantization is not None:
+    # A Dtype cannot be compared with None.
+    if dtype is None or dtype != mx.float32 or config.quantization is not None:
         return False
     return sum(cast_bytes(info, dtype) for info in tensors.values()) > memory.device_bytes() / 2
 
@@ -118,7 +128,7 @@ def stored_as_is(config: Config, tensors: dict[str, TensorInfo], dtype: mx.Dtype
 def cast_bytes(info: TensorInfo, dtype: mx.Dtype | None) -> int:
     if dtype is None or info.dtype not in weights.FLOATS:
         return info.nbytes
-    return info.nbytes // {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}[info.dtype] * dtype.size
+    return info.nbytes // ITEMSIZE[info.dtype] * dtype.size
 
 
 def load_tokenizer(folder: str | Path) -> TokenizerWrapper:
@@ -129,6 +139,8 @@ def load_tokenizer(folder: str | Path) -> TokenizerWrapper:
     checkpoint = Checkpoint(folder)
     if not (checkpoint.folder / "tokenizer.json").exists():
         raise InputError(f"{folder}: no tokenizer.json; take it from the model's own repository")
+    if is_pointer(checkpoint.folder / "tokenizer.json"):
+        raise InputError(f"{folder}/tokenizer.json: is a git-lfs pointer; run `git lfs pull` there")
     try:
         return load_wrapped(checkpoint.folder, eos_token_ids=list(stop_ids(checkpoint)))
     except Exception as error:  # tokenizers raises bare Exception for a damaged file

@@ -38,23 +38,45 @@ class Packing:
         cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None
     ) -> "Packing":
         """A packing with its mode's defaults filled in. Raises InputError when MLX lacks it."""
-        if mode not in MODES:
+        if not isinstance(mode, str) or mode not in MODES:
             raise InputError(f"quantization mode is {mode!r}; supported: {', '.join(MODES)}")
         accepted_bits, accepted_groups = MODES[mode]
-        packing = cls(bits or accepted_bits[0], group_size or accepted_groups[0], mode)
+        packing = cls(
+            accepted_bits[0] if bits is None else bits,
+            accepted_groups[0] if group_size is None else group_size,
+            mode,
+        )
         for what, value, accepted in (
             ("bits", packing.bits, accepted_bits),
             ("group size", packing.group_size, accepted_groups),
         ):
-            if value not in accepted:
+            if type(value) is not int or value not in accepted:
                 known = ", ".join(str(number) for number in sorted(accepted))
-                raise InputError(f"{what} is {value} in mode {mode}; supported: {known}")
+                raise InputError(f"{what} is {value!r} in mode {mode}; supported: {known}")
         return packing
 
-    def pack(self, weight: mx.array) -> dict[str, mx.array]:
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> "Packing":
+        """The packing that an entry of config.json's `quantization` asks for."""
+        unknown = sorted(set(settings) - {"mode", "bits", "group_size"})
+        if unknown:
+            raise InputError(
+                f"config.json: quantization has {unknown[0]!r}: {settings[unknown[0]]!r}; "
+                "supported: bits, group_size and mode"
+            )
+        return cls.of(**settings)
+
+    def pack(
+        self, weight: mx.array, stream: mx.Stream | mx.Device | None = None
+    ) -> dict[str, mx.array]:
         """The packed parts of `weight` [..., out, in]: weight, scales and, if affine, biases."""
-        parts = mx.quantize(weight, self.group_size, self.bits, mode=self.mode)
+        parts = mx.quantize(weight, self.group_size, self.bits, mode=self.mode, stream=stream)
         return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+    def nbytes(self, size: int, itemsize: int) -> int:
+        """What `size` elements take, packed from floats of `itemsize` bytes."""
+        shared = 2 * itemsize if self.mode == "affine" else 1  # scale and bias, or an 8-bit scale
+        return size * self.bits // 8 + size // self.group_size * shared
 
 
 @dataclass(frozen=True)
@@ -67,16 +89,25 @@ class Recipe:
     default: Packing
     rules: tuple[tuple[str, Packing | None], ...] = ()
 
-    def packing(self, path: str, width: int) -> Packing | None:
-        """How the module at `path`, `width` inputs wide, is packed; None: it stays floating."""
+    def packing(self, path: str) -> Packing | None:
+        """How the module at `path` is packed, if its width allows; None: it stays floating."""
         rules = (*((pattern, None) for pattern in NEVER), *self.rules)
-        chosen = next((p for pattern, p in rules if re.fullmatch(pattern, path)), self.default)
-        return chosen if chosen is not None and width % chosen.group_size == 0 else None
+        return next((p for pattern, p in rules if re.fullmatch(pattern, path)), self.default)
+
+    def packings(self, widths: Mapping[str, int]) -> tuple[dict[str, Packing], list[str]]:
+        """The packing of every module that gets one, and the modules whose width forbids theirs.
+
+        widths: by path, the inputs of each module that can be packed
+        """
+        wanted = {path: packing for path in widths if (packing := self.packing(path))}
+        odd = [path for path, packing in wanted.items() if widths[path] % packing.group_size]
+        return {path: packing for path, packing in wanted.items() if path not in odd}, odd
 
 
-def packable(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that can be packed, by path."""
-    return {path: m for path, m in model.named_modules() if hasattr(m, "to_quantized")}
+def packable(model: nn.Module) -> dict[str, int]:
+    """The modules that can be packed: by path, how many inputs each has."""
+    modules = model.named_modules()
+    return {path: m["weight"].shape[-1] for path, m in modules if hasattr(m, "to_quantized")}
 
 
 def pack_modules(
@@ -91,18 +122,26 @@ def pack_modules(
 
     Raises InputError for a mode or size MLX lacks, and for settings that name no module.
     """
-    modules = packable(model)
-    names = {published(path): path for path in modules}
+    widths = packable(model)
+    names = {published(path): path for path in widths}
     entries = {key: value for key, value in settings.items() if isinstance(value, (dict, bool))}
-    unknown = sorted(set(entries) - set(names) - set(modules))
+    unknown = sorted(set(entries) - set(names) - set(widths))
     if unknown:
         raise InputError(f"config.json: quantization names no module of this model: {unknown[:8]}")
     default = {key: settings[key] for key in ("bits", "group_size", "mode") if key in settings}
 
     def settings_of(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        if path not in modules or not is_packed(path):
+        if path not in widths or not is_packed(path):
             return False
-        entry = entries.get(published(path), entries.get(path, default))
-        return asdict(Packing.of(**(default if isinstance(entry, bool) else entry)))
+        entry = entries.get(published(path), entries.get(path, True))
+        if entry is False:
+            return False
+        packing = Packing.of_settings(default if entry is True else entry)
+        if widths[path] % packing.group_size:
+            raise InputError(
+                f"config.json: quantization of {path} has group_size {packing.group_size}; "
+                f"expected a divisor of its width {widths[path]}"
+            )
+        return asdict(packing)
 
     nn.quantize(model, class_predicate=settings_of)

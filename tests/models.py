@@ -23,8 +23,8 @@ def model_of(config: dict, tensors: dict[str, np.ndarray], dtype: str = "float32
     target = getattr(mx, dtype)
     model.load_weights(
         [
-            (parameter.name, weights.cast(parameter.name, array, target))
-            for parameter, array in weights.build_each(parameters, arrays)
+            (parameter.name, weights.cast(parameter.name, parameter.join(parts), target))
+            for parameter, parts in weights.build_each(parameters, arrays)
         ]
     )
     return model
