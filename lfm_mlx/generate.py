@@ -88,8 +88,8 @@ def stream(
         if step.finish_reason is not None:
             statistics.finish_reason = step.finish_reason
         if step.finish_reason != "stop":
-            yield text.add(step.token)
-    yield text.finish()
+            yield from text.add(step.token)
+    yield from text.finish()
 
 
 class Printer:
@@ -108,7 +108,9 @@ class Printer:
         if segment.kind == chat.THINKING and not self.show_thinking:
             return
         if self.as_json:
-            self.event(segment.kind, text=segment.text)
+            calls = [asdict(call) for call in segment.calls]
+            reason = {"reason": segment.reason} if segment.reason else {}
+            self.event(segment.kind, text=segment.text, **({"calls": calls} if calls else reason))
             return
         if segment.begins:
             self.change(segment.kind)
