@@ -1,176 +1,168 @@
 """The conversation's memory: keys and values of the attention layers, windows of the conv layers.
 
 A cache is a list with one entry a layer, in mlx-lm's protocol, so that its batching, server and
-prompt-cache files work on it. Keys and values are mlx-lm's own classes; a convolution's window is
-ours, because mlx-lm's batched array cache subtracts its padding lazily at every token, which makes
-the graph grow without end.
+prompt-cache files work on it.
+
+A cache can be rewound to any earlier token (`rewind`, or mlx-lm's `trim_prompt_cache`). Keys and
+values are cut. A window that is not at hand any more is rebuilt before the next token is read: a
+stack of n convolutions of width W forgets after (W - 1) n tokens, so that many, run from empty
+windows against the stored keys and values, give the windows that there were.
 """
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.base import scaled_dot_product_attention
-from mlx_lm.models.cache import BatchKVCache, KVCache
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import BatchKVCache, can_trim_prompt_cache, trim_prompt_cache
 
+from lfm_mlx.command import InputError
 from lfm_mlx.config import Config
+from lfm_mlx.conv_window import KEPT_COLUMNS as KEPT_COLUMNS
+from lfm_mlx.conv_window import ConvWindow
+from lfm_mlx.keys_values import GrowingKVCache
+from lfm_mlx.token_log import TokenLog
 
 
-class ConvWindow:
-    """The last W - 1 columns of B * x that one short convolution has seen, per row of the batch.
+class StoredKeysValues:
+    """Keys and values as an attention layer sees them when old tokens are run again: read only."""
 
-    window: [B, W-1, D], None before the first token
-    left_padding, lengths: per row, how many of the coming columns are padding before its tokens,
-        and how many columns remain until its padding after them; None where no row is padded
-    """
+    def __init__(self, kept: Any, count: int):
+        self.kept = kept
+        self.offset = kept.offset - count
+        if hasattr(kept, "bits"):
+            self.bits, self.group_size = kept.bits, kept.group_size
 
-    def __init__(self, left_padding: Sequence[int] | None = None):
-        self.window: mx.array | None = None
-        self.left_padding = list(left_padding) if left_padding and any(left_padding) else None
-        self.lengths: list[int] | None = None
-        self.rows = len(left_padding) if left_padding else 1
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        return self.kept.keys_and_values()
 
-    def bounds(self) -> tuple[mx.array | None, mx.array | None]:
-        """First token's and last token's next column among those to come, [B] each, or None."""
-        start = None if self.left_padding is None else mx.array(self.left_padding)
-        stop = None if self.lengths is None else mx.array(self.lengths)
-        return start, stop
-
-    def advance(self, window: mx.array, length: int) -> None:
-        """Store the window that follows `length` more columns."""
-        self.window = window
-        self.rows = window.shape[0]
-        # Python's integers, not arrays: a lazy subtraction per token would never be evaluated.
-        if self.left_padding is not None:
-            self.left_padding = [max(0, padding - length) for padding in self.left_padding]
-            if not any(self.left_padding):
-                self.left_padding = None
-        if self.lengths is not None:
-            self.lengths = [remaining - length for remaining in self.lengths]
-
-    def prepare(
-        self,
-        *,
-        lengths: Iterable[int] | None = None,
-        left_padding: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Announce padded columns: `lengths` tokens a row, then padding (mlx-lm's protocol)."""
-        if left_padding is not None:
-            before = self.left_padding or [0] * len(left_padding)
-            self.left_padding = [a + b for a, b in zip(before, left_padding, strict=True)]
-        if lengths is not None and (right_padding is None or max(right_padding) > 0):
-            self.lengths = [int(length) for length in lengths]
-
-    def finalize(self) -> None:
-        """The announced padding is over."""
-        self.lengths = None
-        self.left_padding = None
-
-    @property
-    def state(self) -> tuple[Any, ...]:
-        return self.window, self.left_padding, self.lengths
-
-    @state.setter
-    def state(self, value: Sequence[Any]) -> None:
-        self.window, self.left_padding, self.lengths = value
-        self.rows = 1 if self.window is None else self.window.shape[0]
-
-    @classmethod
-    def from_state(cls, state: Sequence[Any]) -> "ConvWindow":
-        cache = cls()
-        cache.state = state
-        return cache
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.window is None else self.window.nbytes
-
-    def size(self) -> int:
-        return 0
-
-    def empty(self) -> bool:
-        return self.window is None
-
-    def is_trimmable(self) -> bool:
-        return False
-
-    @classmethod
-    def merge(cls, caches: Sequence["ConvWindow"]) -> "ConvWindow":
-        """One cache whose rows are those of `caches`, in their order."""
-        merged = cls()
-        merged.window, merged.rows = caches[0].window, caches[0].rows
-        for cache in caches[1:]:
-            merged.extend(cache)
-        return merged
-
-    def extend(self, other: "ConvWindow") -> None:
-        """Append the other cache's rows."""
-        known = self.window if self.window is not None else other.window
-        if known is not None:
-            parts = [cache._window_like(known) for cache in (self, other)]
-            self.window = mx.concatenate(parts)
-        if self.left_padding is not None or other.left_padding is not None:
-            zeros = [0] * self.rows, [0] * other.rows
-            self.left_padding = (self.left_padding or zeros[0]) + (other.left_padding or zeros[1])
-        self.rows += other.rows
-
-    def _window_like(self, known: mx.array) -> mx.array:
-        if self.window is not None:
-            return self.window
-        return mx.zeros((self.rows, *known.shape[1:]), known.dtype)
-
-    def filter(self, batch_indices: Any) -> None:
-        """Keep the rows named (a list or an array of indices), in that order."""
-        rows: list[int] = np.array(batch_indices).tolist()
-        if self.window is not None:
-            self.window = self.window[mx.array(rows)]
-        if self.left_padding is not None:
-            self.left_padding = [self.left_padding[row] for row in rows]
-        if self.lengths is not None:
-            self.lengths = [self.lengths[row] for row in rows]
-        self.rows = len(rows)
-
-    def extract(self, row: int) -> "ConvWindow":
-        """One row as a cache of its own."""
-        single = ConvWindow()
-        single.window = None if self.window is None else mx.contiguous(self.window[row : row + 1])
-        return single
+    def make_mask(self, length: int, **_: Any) -> Any:
+        if isinstance(self.kept, BatchKVCache):
+            before = self.kept.size() - length
+            return create_causal_mask(length, before, left_padding=self.kept.left_padding)
+        return "causal" if length > 1 else None
 
 
 def make_cache(config: Config, left_padding: Sequence[int] | None = None) -> list[Any]:
     """An empty cache, one entry a layer; `left_padding` [B] makes it one for a padded batch."""
-    if left_padding is None:
-        return [
-            KVCache() if config.is_attention(layer) else ConvWindow()
-            for layer in range(config.num_hidden_layers)
-        ]
-    return [
-        BatchKVCache(list(left_padding)) if config.is_attention(layer) else ConvWindow(left_padding)
-        for layer in range(config.num_hidden_layers)
-    ]
+    cache: list[Any] = []
+    log: TokenLog | None = TokenLog()
+    for layer in range(config.num_hidden_layers):
+        if config.is_attention(layer):
+            batched = left_padding is not None
+            cache.append(BatchKVCache(list(left_padding)) if batched else GrowingKVCache())
+        else:
+            cache.append(ConvWindow(left_padding, log))
+            log = None
+    return cache
 
 
-def attention_mask(cache: Any | None, length: int) -> Any:
-    """What `attend` needs to keep `length` new queries causal and off the padding."""
-    if cache is not None:
-        return cache.make_mask(length, return_array=False, window_size=None)
-    return "causal" if length > 1 else None
+def token_log(cache: Sequence[Any]) -> TokenLog | None:
+    """The log that one of the cache's windows has."""
+    logs = (entry.log for entry in cache if isinstance(entry, ConvWindow))
+    return next((log for log in logs if log is not None), None)
 
 
-def attend(
-    queries: mx.array, keys: Any, values: Any, cache: Any | None, mask: Any, scale: float
-) -> mx.array:
-    """Softmax attention over the keys and values `cache` holds, quantized or not.
+def log_tokens(cache: Sequence[Any], tokens: mx.array | None) -> None:
+    """Write down the tokens [B, L] about to be read; None: something without ids."""
+    log = token_log(cache)
+    if log is None:
+        return
+    if tokens is None:
+        log.complete = False
+    elif log.complete:
+        log.append(tokens)
 
-    Shapes:
-        queries: [B, H, L, Dh] · keys, values: [B, Hkv, S, Dh] or their quantized triples
-        returns [B, H, L, Dh]
+
+def stored_length(cache: Sequence[Any]) -> int:
+    """How many columns (tokens, and the padding of a batch) the cache holds."""
+    for entry in cache:
+        if not isinstance(entry, ConvWindow):
+            return entry.offset if isinstance(entry.offset, int) else entry.size()
+    log = token_log(cache)
+    return 0 if log is None else log.length
+
+
+def rewind(cache: list[Any], length: int) -> None:
+    """Take the cache back to its first `length` tokens, as if no more had been read.
+
+    Costs nothing here, and at the next token at most the tokens that the convolutions remember.
+    Raises InputError, and leaves the cache as it was, for a length it never had.
     """
-    return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
+    stored = stored_length(cache)
+    if not 0 <= length <= stored:
+        raise InputError(
+            f"cannot rewind to {length} tokens; the cache holds {stored}: give 0 to that"
+        )
+    if length < stored and not can_trim_prompt_cache(cache):
+        raise InputError(
+            "cannot rewind: this cache does not know the ids of the tokens it has read"
+        )
+    trim_prompt_cache(cache, stored - length)
+
+
+def restore_windows(
+    cache: Sequence[Any], memory: int, run: Callable[[mx.array, list[Any]], Any]
+) -> None:
+    """Rebuild the windows that a rewind left stale.
+
+    memory: how many tokens the stack of convolutions sees back
+    run: the decoder on tokens [B, n] and a cache; what it returns is not looked at
+    """
+    windows = [entry for entry in cache if isinstance(entry, ConvWindow)]
+    if not any(window.stale for window in windows):
+        return
+    log, stored = token_log(cache), stored_length(cache)
+    count = min(memory, stored)
+    assert log is not None, "a cache that was rewound has a log"
+    views = replay_views(cache, count)
+    if count:
+        run(log.last(count), views)
+    for entry, view in zip(cache, views, strict=True):
+        if isinstance(entry, ConvWindow):
+            entry.window, entry.stale = view.window, False
+
+
+def replay_views(cache: Sequence[Any], count: int) -> list[Any]:
+    """A cache for running the last `count` columns again: empty windows, stored keys and values."""
+    padding = None
+    for entry in cache:
+        if isinstance(entry, BatchKVCache):
+            before = entry.size() - count
+            rows: list[int] = np.array(entry.left_padding).tolist()
+            padding = [max(0, row - before) for row in rows]
+    return [
+        ConvWindow(padding) if isinstance(entry, ConvWindow) else StoredKeysValues(entry, count)
+        for entry in cache
+    ]
 
 
 def arrays(cache: Sequence[Any]) -> list[Any]:
     """Everything a cache holds, for `mx.eval`."""
     return [layer.state for layer in cache]
+
+
+@contextlib.contextmanager
+def whole_step(cache: Sequence[Any]) -> Iterator[None]:
+    """Leave the cache as it was before the block when an error or Ctrl-C ends the block halfway.
+
+    Some layers would else have read tokens that others have not.
+    """
+    before = [entry.__dict__.copy() for entry in cache if isinstance(entry, ConvWindow)]
+    log = token_log(cache)
+    parts = None if log is None else (log.parts[:], log.complete)
+    offsets = [entry.offset for entry in cache if not isinstance(entry, ConvWindow)]
+    try:
+        yield
+    except BaseException:
+        windows = (entry for entry in cache if isinstance(entry, ConvWindow))
+        for window, state in zip(windows, before, strict=True):
+            window.__dict__.update(state)
+        if log is not None and parts is not None:
+            log.parts, log.complete = parts
+        stored = (entry for entry in cache if not isinstance(entry, ConvWindow))
+        for entry, offset in zip(stored, offsets, strict=True):
+            entry.offset = offset
+        raise

@@ -4,11 +4,18 @@
 The state is the last W - 1 columns of `B * x`, the `window`. The last tap meets the current token
 (cross-correlation). Sums are taken in float32 and rounded once. Padded columns count as zero, and
 do not enter the window.
+
+The kernel is one launch for any L, and reads B, C and x where in_proj left them. Limits: float32,
+float16 or bfloat16, a window of bcx's dtype, 2 to 16 taps.
 """
 
 import mlx.core as mx
 
 from lfm_mlx.kernels import metal
+
+# How many columns one thread computes: each chunk reads W - 1 columns of the chunk before it again.
+COLUMNS = 8
+MAX_TAPS = 16
 
 
 def short_conv(
@@ -31,8 +38,10 @@ def short_conv(
         start, stop: [B] integers, 0 and L when None
         returns y [B, L, D] in bcx's dtype and the window after the last token [B, W-1, D]
     """
-    metal.choose("short_conv", use_kernel, "this version has its reference only")
-    return short_conv_reference(bcx, taps, bias, window, start, stop)
+    run = short_conv_reference
+    if metal.choose("short_conv", use_kernel, _refusal(bcx, taps, bias, window)):
+        run = _short_conv_metal
+    return run(bcx, taps, bias, window, start, stop)
 
 
 def short_conv_reference(
@@ -53,8 +62,9 @@ def short_conv_reference(
     if window is None:
         window = mx.zeros((batch, num_taps - 1, width), product.dtype)
     columns = mx.concatenate([window, product], axis=1)  # [B, W-1+L, D]
-    shifted = (columns[:, tap : tap + length].astype(mx.float32) for tap in range(num_taps))
-    total = sum(part * taps[:, tap].astype(mx.float32) for tap, part in enumerate(shifted))
+    rows = (num_taps - 1 + length) * width
+    seen = mx.as_strided(columns, (batch, length, num_taps, width), (rows, width, width, 1))
+    total = (seen.astype(mx.float32) * taps.T.astype(mx.float32)).sum(axis=2)  # [B, L, D]
     if bias is not None:
         total = total + bias.astype(mx.float32)
     y = (gate_out * total).astype(bcx.dtype)
@@ -79,3 +89,54 @@ def _last_columns(columns: mx.array, count: int, length: int, stop: mx.array | N
         return columns[:, length:]
     ends = mx.clip(stop, 0, length)
     return mx.take_along_axis(columns, (ends[:, None] + mx.arange(count))[..., None], axis=1)
+
+
+def _refusal(
+    bcx: mx.array, taps: mx.array, bias: mx.array | None, window: mx.array | None
+) -> str | None:
+    """Why the kernel cannot take these inputs, None when it can."""
+    if not 2 <= taps.shape[1] <= MAX_TAPS:
+        return f"it takes 2 to {MAX_TAPS} taps, got {taps.shape[1]}"
+    if bcx.size == 0:
+        return "there are no columns"
+    if window is not None and window.dtype != bcx.dtype:
+        return f"the window is {window.dtype}, bcx is {bcx.dtype}"
+    arrays = (bcx, taps) if bias is None else (bcx, taps, bias)
+    odd = next((array.dtype for array in arrays if array.dtype not in metal.DTYPES), None)
+    return None if odd is None else f"it takes float32, float16 and bfloat16, got {odd}"
+
+
+def _short_conv_metal(
+    bcx: mx.array,
+    taps: mx.array,
+    bias: mx.array | None,
+    window: mx.array | None,
+    start: mx.array | None,
+    stop: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """`short_conv` in one launch: a thread for each channel of each COLUMNS columns of a row."""
+    batch, length, _ = bcx.shape
+    width, num_taps = taps.shape
+    optional = {"BIAS": bias, "WINDOW": window, "START": start, "STOP": stop}
+    run = metal.kernel(
+        "short_conv",
+        f"short_conv_w{MAX_TAPS}",
+        inputs=("bcx", "taps", "bias", "window", "row_start", "row_stop"),
+        outputs=("y", "next_window"),
+    )
+    y, next_window = run(
+        # What is absent needs an array in its place, which the kernel does not read.
+        inputs=[bcx, taps, *(taps if array is None else array for array in optional.values())],
+        template=[
+            ("T", bcx.dtype),
+            ("D", width),
+            ("TAPS", num_taps),
+            ("COLUMNS", COLUMNS),
+            *((f"HAS_{name}", array is not None) for name, array in optional.items()),
+        ],
+        grid=(width, -(-length // COLUMNS), batch),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(batch, length, width), (batch, num_taps - 1, width)],
+        output_dtypes=[bcx.dtype, bcx.dtype],
+    )
+    return y, next_window

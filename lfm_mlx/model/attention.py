@@ -5,8 +5,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from lfm_mlx.cache import attend
 from lfm_mlx.config import Config
+from lfm_mlx.keys_values import attend
 
 
 class Attention(nn.Module):

@@ -1,13 +1,18 @@
 """The decoder: embedding, layers, final norm and the head tied to the embedding."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from lfm_mlx.cache import attention_mask, make_cache
+from lfm_mlx import quantize, weights
+from lfm_mlx.cache import log_tokens, make_cache, restore_windows
+from lfm_mlx.checkpoint import TensorInfo
 from lfm_mlx.config import Config
+from lfm_mlx.keys_values import attention_mask
 from lfm_mlx.model.attention import Attention
 from lfm_mlx.model.experts import SparseFeedForward
 from lfm_mlx.model.feed_forward import FeedForward
@@ -86,9 +91,15 @@ class Model(nn.Module):
             tokens: [B, L] integers · input_embeddings: [B, L, D], taken instead when given
             returns [B, L, V]
         """
+        if cache is not None:
+            restore_windows(cache, self.config.conv_memory, self._replay)
+            log_tokens(cache, tokens if input_embeddings is None else None)
         h = self.model.embed_tokens(tokens) if input_embeddings is None else input_embeddings
         h = self.model(h, cache)
         return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+
+    def _replay(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        return self.model(self.model.embed_tokens(tokens), cache)
 
     @property
     def layers(self) -> list[Layer]:
@@ -97,3 +108,20 @@ class Model(nn.Module):
     def make_cache(self, left_padding: Sequence[int] | None = None) -> list[Any]:
         """An empty cache, for one sequence or for a batch padded by [B] columns on the left."""
         return make_cache(self.config, left_padding)
+
+    def sanitize(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """mlx-lm's hook: a checkpoint's tensors, in any spelling, as this model's parameters."""
+        infos = {name: TensorInfo("", array.shape, Path()) for name, array in tensors.items()}
+        built = {p.name: p.build(tensors) for p in weights.assignments(self.config, infos)}
+        return {name: weights.cast(name, array, None) for name, array in built.items()}
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """mlx-lm's hook: which modules its convert command packs."""
+        never = re.compile("|".join(quantize.NEVER))
+        return lambda path, module: never.fullmatch(path) is None
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """mlx-lm's hook: which parameters its convert command casts to the dtype asked for."""
+        return lambda name: weights.FLOAT32.fullmatch(name) is None

@@ -1,0 +1,163 @@
+"""The seam to mlx-lm: its server, generate, lora, convert and the rest run this package's model.
+
+    python -m lfm_mlx.mlx_lm server --model demo --port 8080
+
+mlx-lm finds a model's classes by importing `mlx_lm.models.<model_type>`, and the class of a saved
+cache entry by its name in `mlx_lm.models.cache`. `register` puts ours in those places for this
+process, `unregister` puts back what was there. Nothing in mlx-lm is modified.
+"""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn, cast
+
+from mlx_lm import cli, models
+from mlx_lm.models import cache
+
+from lfm_mlx.cache import ConvWindow
+from lfm_mlx.checkpoint import DEMO, Checkpoint, resolve
+from lfm_mlx.command import BAD_INPUT, DONE, InputError, one_line, run
+from lfm_mlx.config import Config
+from lfm_mlx.model import Model
+
+MODEL_TYPES = ("lfm2_moe", "lfm2")
+# Builds its language model from mlx-lm's own lfm2, which must be what it finds.
+STOCK_USERS = ("lfm2-vl",)
+# The options of mlx-lm's commands that name a model.
+MODEL_OPTIONS = ("--model", "--hf-path", "--draft-model")
+USAGE = """usage: lfm_mlx.mlx_lm COMMAND …
+
+Runs a command of mlx-lm on this package's model: server, generate, chat, cache_prompt, lora, fuse,
+convert, and whichever else `mlx_lm --help` names. COMMAND --help tells its options; --model takes a
+folder, a hub name, or demo."""
+
+
+class Seam(ModuleType):
+    """What mlx-lm imports in place of its own module of a model type."""
+
+    Model = Model
+    ModelArgs = Config
+
+    def __init__(self, name: str, stock: ModuleType):
+        super().__init__(name, "lfm_mlx's classes in the place of mlx-lm's.")
+        self.stock = stock
+
+
+def register() -> None:
+    """Let mlx-lm use our model for `lfm2_moe` and `lfm2`; a second call changes nothing."""
+    for name in STOCK_USERS:
+        import_module(f"mlx_lm.models.{name}")
+    for name in MODEL_TYPES:
+        stock = import_module(f"mlx_lm.models.{name}")
+        if not is_ours(stock):
+            place(name, Seam(stock.__name__, stock))
+    cache.ConvWindow = ConvWindow  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def unregister() -> None:
+    """Give mlx-lm its own classes back; without `register` before it, changes nothing."""
+    for name in MODEL_TYPES:
+        module = sys.modules.get(f"mlx_lm.models.{name}")
+        if module is not None and is_ours(module):
+            place(name, cast(Seam, module).stock)
+    cache.__dict__.pop("ConvWindow", None)
+
+
+def is_ours(module: ModuleType) -> bool:
+    # Not by Seam's identity: `python -m lfm_mlx.mlx_lm` has a second one, in __main__.
+    return getattr(module, "Model", None) is Model
+
+
+def place(name: str, module: ModuleType) -> None:
+    """Make `module` what both spellings of an import of `mlx_lm.models.<name>` find."""
+    sys.modules[f"mlx_lm.models.{name}"] = module
+    setattr(models, name, module)
+
+
+def main() -> int:
+    """Run one of mlx-lm's commands, named and given its arguments in sys.argv."""
+    if len(sys.argv) < 2:
+        print(USAGE, file=sys.stderr)
+        return BAD_INPUT
+    name = sys.argv[1]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return DONE
+    register()
+    sys.argv = [f"lfm_mlx.mlx_lm {name}", name, *known_models(sys.argv[2:])]
+    # A service manager's request to stop ends the server as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        cli.main()
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{name} needs the package {error.name}, which is not installed"
+        ) from error
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise InputError("the port is taken; give another --port") from error
+        # What mlx-lm raises for wrong use: a bad option, a missing adapter, a folder in the way.
+        raise InputError(one_line(error)) from error
+    return DONE
+
+
+def known_models(arguments: list[str]) -> list[str]:
+    """`arguments`, with each model named in them checked, and `demo` replaced by its folder."""
+    checked: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if before in MODEL_OPTIONS:
+            argument = model_name(argument)
+        elif equals and option in MODEL_OPTIONS:
+            argument = f"{option}={model_name(value)}"
+        checked.append(argument)
+    return checked
+
+
+def model_name(model: str) -> str:
+    """The folder or hub name that mlx-lm knows `model` by.
+
+    Raises InputError where it names no checkpoint, or one of this family that cannot be run: the
+    server would log a traceback and go on without a model.
+    """
+    folder = resolve(model)
+    checkpoint = Checkpoint(folder)
+    if checkpoint.config.get("model_type") in MODEL_TYPES:
+        Config.from_dict(checkpoint.config)
+        _ = checkpoint.tensors
+    local = model == DEMO or Path(model).expanduser().is_dir()
+    return str(folder) if local else model
+
+
+def command() -> int:
+    serving = sys.argv[1:2] == ["server"]
+    code = run(main, "lfm_mlx.mlx_lm")
+    if serving and "mlx_lm.server" in sys.modules:
+        leave(code)
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once, as far as answers that are on their way out allow.
+
+    Python's own shutdown waits for ever for the thread of a server that could not listen, and MLX
+    aborts in it when the thread of one that was stopped amid a request has just ended.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread():
+            thread.join(timeout=1.0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(command())
