@@ -21,20 +21,19 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from lfm_mlx import weights
-from lfm_mlx.checkpoint import (
-    ITEMSIZE,
+from lfm_mlx.checkpoint import ITEMSIZE, TensorInfo
+from lfm_mlx.command import InputError, run
+from lfm_mlx.hub import resolve
+from lfm_mlx.load import DTYPES, as_dtype, check_values, open_checkpoint
+from lfm_mlx.model import Model
+from lfm_mlx.output import (
     ShardWriter,
-    TensorInfo,
     atomic_folder,
     copy_kept,
     free_bytes,
     require_vacant,
-    resolve,
     write_json,
 )
-from lfm_mlx.command import InputError, run
-from lfm_mlx.load import DTYPES, as_dtype, check_values, open_checkpoint
-from lfm_mlx.model import Model
 from lfm_mlx.quantize import MODES, Packing, Recipe, packable
 
 

@@ -16,11 +16,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lfm_mlx import chat, memory
-from lfm_mlx.checkpoint import Checkpoint, resolve
+from lfm_mlx import chat, memory, prompt_cache
+from lfm_mlx.cache import rewind, stored_length
+from lfm_mlx.checkpoint import Checkpoint
+from lfm_mlx.choice_scores import choice_probabilities
 from lfm_mlx.command import INTERRUPTED, InputError, run
 from lfm_mlx.config import Config
-from lfm_mlx.decode import PREFILL_CHUNK, decode
+from lfm_mlx.control import Control
+from lfm_mlx.control_options import add_options, control_of
+from lfm_mlx.decode import PREFILL_CHUNK, decode, room_for_answer
+from lfm_mlx.keys_values import BITS, Packing, pack
+from lfm_mlx.hub import resolve
 from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes
 from lfm_mlx.model import Model
 from lfm_mlx.sample import Sampler, Sampling
@@ -35,6 +41,7 @@ class Statistics:
     """What a run took. Times in seconds since the prompt was handed over."""
 
     prompt_tokens: int
+    reused_tokens: int = 0  # of the prompt, from --prompt-cache
     generated_tokens: int = 0
     time_to_first_token_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -43,7 +50,7 @@ class Statistics:
 
     @property
     def prompt_tokens_per_second(self) -> float:
-        return _rate(self.prompt_tokens, self.time_to_first_token_seconds)
+        return _rate(self.prompt_tokens - self.reused_tokens, self.time_to_first_token_seconds)
 
     @property
     def generated_tokens_per_second(self) -> float:
@@ -57,8 +64,9 @@ class Statistics:
         }
 
     def __str__(self) -> str:
+        reused = f" ({self.reused_tokens} of them reused)" if self.reused_tokens else ""
         return (
-            f"prompt: {self.prompt_tokens} tokens, {self.prompt_tokens_per_second:.1f} tokens/s, "
+            f"prompt: {self.prompt_tokens} tokens{reused}, {self.prompt_tokens_per_second:.1f} tokens/s, "
             f"first token after {self.time_to_first_token_seconds:.2f} s\n"
             f"answer: {self.generated_tokens} tokens, {self.generated_tokens_per_second:.1f} "
             f"tokens/s, finished: {self.finish_reason}\n"
@@ -159,17 +167,6 @@ def sampling_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampling:
     return replace(defaults, **{key: value for key, value in given.items() if value is not None})
 
 
-def room_for_answer(config: Config, prompt_tokens: int, max_tokens: int) -> int:
-    """The tokens that may be generated: --max-tokens, or what the model's context leaves."""
-    room = config.max_position_embeddings - prompt_tokens
-    if room < 1:
-        raise InputError(
-            f"the prompt has {prompt_tokens} tokens; the model reads at most "
-            f"{config.max_position_embeddings - 1} and then answers"
-        )
-    return min(max_tokens, room)
-
-
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lfm_mlx.generate", description="Answer a prompt.", allow_abbrev=False
@@ -188,6 +185,10 @@ def parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, metavar="R", help="1: none")
     add("--seed", type=int, help="the same seed draws the same tokens")
     add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
+    add("--prompt-cache", metavar="FILE", help="what was read: continued, or made, and kept")
+    add("--kv-bits", type=int, choices=BITS, help="quantize keys and values")
+    add("--kv-group-size", type=int, metavar="G", help="default: what the head width allows")
+    add("--kv-start", type=int, metavar="N", help="quantize once N tokens were read (default 0)")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on a CPU")
     add("--check", action="store_true", help="refuse weights with NaN or infinity")
     add("--force", action="store_true", help="load even what does not fit in memory")
@@ -205,44 +206,83 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = load_tokenizer(folder)
     prompt = prompt_ids(args, tokenizer)
     max_tokens = room_for_answer(config, len(prompt), args.max_tokens)
+    packing = packing_of(args, config)
     if not args.force:
-        require_room(checkpoint, config, args.dtype, len(prompt) + max_tokens)
+        require_room(checkpoint, config, args.dtype, len(prompt) + max_tokens, packing)
     loading = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
     with memory.wired_limit():
         model = load_model(folder, dtype=args.dtype, check=args.check, progress=loading)
         sampler = Sampler(config.vocab_size, sampling, args.seed)
-        return answer(args, model, tokenizer, prompt, sampler, max_tokens)
+        cache = known_cache(args, model, tokenizer, prompt)
+        pack(cache, packing)
+        code = answer(
+            args, model, tokenizer, prompt, sampler, max_tokens, cache=cache, packing=packing
+        )
+        if args.prompt_cache is not None:
+            prompt_cache.save(args.prompt_cache, cache, model, tokenizer)
+        return code
 
 
-def require_room(checkpoint: Checkpoint, config: Config, dtype: str | None, context: int) -> None:
+def packing_of(args: argparse.Namespace, config: Config) -> Packing | None:
+    """How --kv-bits, --kv-group-size and --kv-start pack keys and values."""
+    if args.kv_bits is None:
+        if args.kv_group_size is not None or args.kv_start is not None:
+            raise InputError("--kv-group-size and --kv-start belong to --kv-bits; give that too")
+        return None
+    return Packing.of(config, args.kv_bits, args.kv_group_size, args.kv_start or 0)
+
+
+def known_cache(
+    args: argparse.Namespace, model: Model, tokenizer: Any, prompt: list[int]
+) -> list[Any]:
+    """The cache in --prompt-cache, taken back to what the prompt begins with; else an empty one."""
+    if args.prompt_cache is None:
+        return model.make_cache()
+    cache = prompt_cache.load_or_new(args.prompt_cache, model, tokenizer)
+    rewind(cache, prompt_cache.common_length(cache, prompt))
+    return cache
+
+
+def require_room(
+    checkpoint: Checkpoint, config: Config, dtype: str | None, context: int,
+    packing: Packing | None = None,
+) -> None:  # fmt: skip
     """Raise InputError when weights and cache of `context` tokens cannot fit."""
     target = as_dtype(dtype)
     itemsize = target.size if target is not None else 2
     weight_bytes = loaded_bytes(config, checkpoint.tensors, target)
-    memory.require_room(weight_bytes, config.cache_bytes(context, itemsize), context)
+    measured = config.cache_bytes if packing is None else partial(packing.nbytes, config)
+    memory.require_room(weight_bytes, measured(context, itemsize), context)
 
 
 def answer(
     args: argparse.Namespace, model: Model, tokenizer: Any, prompt: list[int], sampler: Sampler,
-    max_tokens: int,
+    max_tokens: int, *, cache: list[Any], **options: Any,
 ) -> int:  # fmt: skip
-    """Print the answer and the statistics; returns the exit code."""
-    statistics = Statistics(len(prompt))
+    """Print the answer and the statistics; returns the exit code. options: `decode`'s.
+
+    cache: what the beginning of the prompt was read into
+    """
+    reused = stored_length(cache)
+    sampler.observe(prompt[:reused])
+    statistics = Statistics(len(prompt), reused)
     printer = Printer(not args.no_show_thinking, args.json)
-    long = len(prompt) > PREFILL_CHUNK
+    unread = prompt[reused:]
+    long = len(unread) > PREFILL_CHUNK
     bar = tqdm(
-        total=len(prompt), desc="read", unit="token", disable=None if long else True, leave=False
+        total=len(unread), desc="read", unit="token", disable=None if long else True, leave=False
     )
     if args.json:
         printer.event("prompt", tokens=len(prompt))
 
     def progress(done: int, _: int) -> None:
         bar.update(done - bar.n)
-        if done == len(prompt):
+        if done == len(unread):
             bar.close()
 
     pieces = stream(
-        model, tokenizer, prompt, sampler, max_tokens, statistics, progress=progress
+        model, tokenizer, unread, sampler, max_tokens, statistics, progress=progress,
+        cache=cache, **options,
     )  # fmt: skip
     code = 0
     try:

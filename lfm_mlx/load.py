@@ -17,9 +17,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_wrapped
 
 from lfm_mlx import memory, quantize, weights
-from lfm_mlx.checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, listing, resolve
+from lfm_mlx.checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, listing
 from lfm_mlx.command import InputError, one_line
 from lfm_mlx.config import Config
+from lfm_mlx.hub import resolve
 from lfm_mlx.model import Model
 
 log = logging.getLogger("lfm_mlx")

@@ -20,13 +20,16 @@ from typing import NoReturn, cast
 from mlx_lm import cli, models
 from mlx_lm.models import cache
 
-from lfm_mlx.cache import ConvWindow
-from lfm_mlx.checkpoint import DEMO, Checkpoint, resolve
+from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.command import BAD_INPUT, DONE, InputError, one_line, run
 from lfm_mlx.config import Config
+from lfm_mlx.conv_window import ConvWindow
+from lfm_mlx.hub import DEMO, resolve
+from lfm_mlx.keys_values import GrowingKVCache, GrowingQuantizedKVCache
 from lfm_mlx.model import Model
 
 MODEL_TYPES = ("lfm2_moe", "lfm2")
+CACHE_ENTRIES = (ConvWindow, GrowingKVCache, GrowingQuantizedKVCache)
 # Builds its language model from mlx-lm's own lfm2, which must be what it finds.
 STOCK_USERS = ("lfm2-vl",)
 # The options of mlx-lm's commands that name a model.
@@ -57,7 +60,7 @@ def register() -> None:
         stock = import_module(f"mlx_lm.models.{name}")
         if not is_ours(stock):
             place(name, Seam(stock.__name__, stock))
-    cache.ConvWindow = ConvWindow  # pyright: ignore[reportAttributeAccessIssue]
+    cache.__dict__.update({entry.__name__: entry for entry in CACHE_ENTRIES})
 
 
 def unregister() -> None:
@@ -66,7 +69,8 @@ def unregister() -> None:
         module = sys.modules.get(f"mlx_lm.models.{name}")
         if module is not None and is_ours(module):
             place(name, cast(Seam, module).stock)
-    cache.__dict__.pop("ConvWindow", None)
+    for entry in CACHE_ENTRIES:
+        cache.__dict__.pop(entry.__name__, None)
 
 
 def is_ours(module: ModuleType) -> bool:

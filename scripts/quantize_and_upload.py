@@ -29,12 +29,14 @@ from mlx.utils import tree_flatten
 from model_card import CARD
 
 from lfm_mlx import weights
-from lfm_mlx.checkpoint import DEMO, Checkpoint, copy_kept, no_room, resolve, write_json
+from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.command import InputError, one_line, run
 from lfm_mlx.config import Config
 from lfm_mlx.convert import convert, converted_config, source_name
+from lfm_mlx.hub import DEMO, resolve
 from lfm_mlx.load import DTYPES
 from lfm_mlx.model import Model
+from lfm_mlx.output import copy_kept, no_room, write_json
 from lfm_mlx.quantize import MODES, Packing, Recipe, packable
 
 REFUSALS = {

@@ -17,9 +17,10 @@ from folders import SPARSE, contents, stored_tensors, write_folder
 from make_random_checkpoint import random_tensors, tensor_shapes
 from safetensors.numpy import save_file
 
-from lfm_mlx import checkpoint
-from lfm_mlx.checkpoint import Checkpoint, ShardWriter, atomic_folder
+from lfm_mlx import checkpoint, output
+from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.command import InputError
+from lfm_mlx.output import ShardWriter, atomic_folder
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +172,9 @@ def test_a_full_disk_while_writing(tmp_path: Path) -> None:
     code = (
         "import resource, signal, mlx.core as mx\n"
         "from pathlib import Path\n"
-        "from lfm_mlx.checkpoint import ShardWriter, atomic_folder\n"
-        "from lfm_mlx import checkpoint, command\n"
-        "checkpoint.free_bytes = lambda folder: 5000\n"
+        "from lfm_mlx.output import ShardWriter, atomic_folder\n"
+        "from lfm_mlx import command, output\n"
+        "output.free_bytes = lambda folder: 5000\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         "def main():\n"
@@ -192,9 +193,9 @@ def test_a_full_disk_while_writing(tmp_path: Path) -> None:
 
 
 def test_no_room_names_other_reasons() -> None:
-    error = checkpoint.no_room(OSError(errno.EROFS, "Read-only file system"), "there")
+    error = output.no_room(OSError(errno.EROFS, "Read-only file system"), "there")
     assert str(error) == "there: Read-only file system"
-    assert "no space left" in str(checkpoint.no_room(OSError(errno.ENOSPC, "x"), "there"))
+    assert "no space left" in str(output.no_room(OSError(errno.ENOSPC, "x"), "there"))
 
 
 def fill(folder: Path, mark: str) -> None:
@@ -336,12 +337,10 @@ def test_kept_files(tmp_path: Path) -> None:
     for name in kept + left:
         (source / name).write_text(name)
     (source / "tokenizer").mkdir()
-    assert checkpoint.copy_kept(source, target) == kept
+    assert output.copy_kept(source, target) == kept
     assert contents(target) == {name: name.encode() for name in kept}
 
 
 def test_free_bytes(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
-    assert checkpoint.free_bytes(tmp_path) == pytest.approx(
-        found.f_bavail * found.f_frsize, rel=0.1
-    )
+    assert output.free_bytes(tmp_path) == pytest.approx(found.f_bavail * found.f_frsize, rel=0.1)

@@ -28,10 +28,11 @@ from mlx_lm import utils
 from reference import TRANSFORMERS5_FOLDERS, relative_error, transformers5_answer
 
 from lfm_mlx import convert as convert_module
-from lfm_mlx.checkpoint import DEMO_FOLDER, ShardWriter
 from lfm_mlx.command import BAD_INPUT, INTERRUPTED, InputError
 from lfm_mlx.convert import convert
+from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import load_model
+from lfm_mlx.output import ShardWriter
 from lfm_mlx.quantize import MODES, Packing, Recipe
 
 EXACT = 2e-6  # of the largest logit: the same float32 sums in another order
@@ -404,7 +405,7 @@ def test_command_ends_with_one_line_and_code_2(tmp_path: Path, name: str) -> Non
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
-from lfm_mlx import checkpoint, convert
+from lfm_mlx import convert, output
 def before(owner, name, act):
     original, calls = getattr(owner, name), []
     def replaced(*args, **options):
@@ -418,11 +419,11 @@ def stop_at(number):
 sys.exit(convert.command())
 """
 MOMENTS = {
-    "first tensor": "before(checkpoint.ShardWriter, 'add', stop_at(1))",
-    "later tensor": "before(checkpoint.ShardWriter, 'add', stop_at(30))",
-    "index": "before(checkpoint.ShardWriter, 'finish', stop_at(1))",
+    "first tensor": "before(output.ShardWriter, 'add', stop_at(1))",
+    "later tensor": "before(output.ShardWriter, 'add', stop_at(30))",
+    "index": "before(output.ShardWriter, 'finish', stop_at(1))",
     "config": "before(convert, 'write_json', stop_at(1))",
-    "last step": "before(checkpoint, '_take_place', stop_at(1))",
+    "last step": "before(output, '_take_place', stop_at(1))",
 }
 # The old folder was renamed and the new one was not: of the two renames that replace a folder.
 BETWEEN = """
@@ -483,7 +484,7 @@ def test_interrupted(tmp_path: Path, sources: dict[str, Path], moment: str, forc
 
 
 def test_interrupted_from_outside(tmp_path: Path, sources: dict[str, Path]) -> None:
-    slowly = "before(checkpoint.ShardWriter, 'add', lambda count, args: time.sleep(0.2))"
+    slowly = "before(output.ShardWriter, 'add', lambda count, args: time.sleep(0.2))"
     code = STOPPED.format(signal=0, where=slowly)
     out = tmp_path / "out"
     line = [sys.executable, "-c", code, "--model", sources["sparse"], "--out", out]

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from lfm_mlx import generate, memory
-from lfm_mlx.checkpoint import DEMO_FOLDER
 from lfm_mlx.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import load_tokenizer
 
 COMMAND = [sys.executable, "-m", "lfm_mlx.generate", "--model", "demo"]

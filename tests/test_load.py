@@ -34,9 +34,10 @@ from reference import TRANSFORMERS5_FOLDERS, relative_error, transformers5_answe
 import lfm_mlx
 from lfm_mlx import load as load_function
 from lfm_mlx import memory
-from lfm_mlx.checkpoint import DEMO_FOLDER, Checkpoint
+from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.command import BAD_INPUT, InputError
 from lfm_mlx.config import Config
+from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import (
     as_dtype,
     load_model,

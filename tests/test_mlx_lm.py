@@ -33,8 +33,8 @@ from mlx_lm.models import cache as stock_cache
 import lfm_mlx.mlx_lm as seam
 from lfm_mlx import Config, Model
 from lfm_mlx.cache import ConvWindow, TokenLog
-from lfm_mlx.checkpoint import DEMO_FOLDER
 from lfm_mlx.decode import decode
+from lfm_mlx.hub import DEMO_FOLDER
 
 # mlx_lm.generate, the attribute, is a function that hides the module.
 generation = import_module("mlx_lm.generate")

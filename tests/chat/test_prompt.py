@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lfm_mlx import chat
-from lfm_mlx.checkpoint import DEMO_FOLDER
 from lfm_mlx.command import InputError
+from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import load_tokenizer
 
 TOKENIZER = load_tokenizer(DEMO_FOLDER)

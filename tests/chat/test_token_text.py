@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lfm_mlx import chat
 from lfm_mlx.chat.tags import ALL_TAGS, Tag, Words
 from lfm_mlx.chat.token_text import byte_letters
-from lfm_mlx.checkpoint import DEMO_FOLDER
+from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import load_tokenizer
 
 

@@ -14,8 +14,8 @@ from tool_call_shapes import SHAPES, TOOLS, tool
 from lfm_mlx import chat
 from lfm_mlx.chat.tags import CALL_END, CALL_START
 from lfm_mlx.chat.template import render_template
-from lfm_mlx.checkpoint import DEMO_FOLDER
 from lfm_mlx.command import InputError
+from lfm_mlx.hub import DEMO_FOLDER
 
 Calls = list[tuple[str, dict[str, Any]]]
 TEMPLATE = (DEMO_FOLDER / "chat_template.jinja").read_text(encoding="utf-8")

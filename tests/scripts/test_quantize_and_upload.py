@@ -16,12 +16,13 @@ import mlx.core as mx
 import model_card
 import pytest
 import quantize_and_upload as script
-from hub import CUT, Hub, connect, environment
+from hub_stand_in import CUT, Hub, connect, environment
 from make_random_checkpoint import config_of_size, write_checkpoint
 
-from lfm_mlx import checkpoint
-from lfm_mlx.checkpoint import Checkpoint, resolve
+from lfm_mlx import checkpoint, output
+from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.command import run
+from lfm_mlx.hub import resolve
 from lfm_mlx.load import load_model
 
 SCRIPT = Path(script.__file__)
@@ -446,7 +447,7 @@ def test_disk_full(
     def write(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.ShardWriter, "add", write)
+    monkeypatch.setattr(output.ShardWriter, "add", write)
     assert "no space left on the disk" in refusal(capsys)
     assert list(Path.cwd().iterdir()) == []
     assert REPO not in hub.repositories

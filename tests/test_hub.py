@@ -11,11 +11,10 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub import CUT, Hub, connect, environment
+from hub_stand_in import CUT, Hub, connect, environment
 
-from lfm_mlx import checkpoint
-from lfm_mlx.checkpoint import resolve
 from lfm_mlx.command import InputError
+from lfm_mlx.hub import DEMO_FOLDER, resolve
 
 NAME = "alice/model"
 NEEDED = {
@@ -211,7 +210,7 @@ def test_cache_that_cannot_be_written(hub: Hub, home: Path) -> None:
 
 
 def test_demo_and_folders_need_no_hub(hub: Hub, home: Path) -> None:
-    assert resolve("demo") == checkpoint.DEMO_FOLDER
+    assert resolve("demo") == DEMO_FOLDER
     assert resolve(home.parent) == home.parent
     assert hub.requests == []
 
