@@ -3,10 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from judge import judge_router, sigmoid, softmax
+import twins
+from judge import judge_router, rms_norm, sigmoid, softmax
 from models import as_numpy
 
-from lfm_mlx.kernels.router import router
+from lfm_mlx.kernels.router import norm_router, norm_router_reference, router
 
 SIZES = [(1, 8, 2), (3, 32, 4), (17, 33, 5), (64, 7, 7), (129, 32, 1)]  # tokens, E, K
 
@@ -96,3 +97,82 @@ def test_a_missing_epsilon_would_be_seen() -> None:
 def test_a_kernel_that_is_not_there_is_refused() -> None:
     with pytest.raises(RuntimeError, match="router: the Metal kernel cannot run"):
         router(mx.zeros((1, 8)), None, 2, use_kernel=True)
+
+
+def draw_layer(
+    seed: int, tokens: int, experts: int, width: int, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """x [1, L, D], the norm's weight [D], the gate [E, D] and its bias [E]."""
+    rng = np.random.default_rng(seed)
+    x = twins.draw(rng, 1, tokens, width, dtype=dtype)
+    norm_weight = 1 + twins.draw(rng, width, dtype=dtype, scale=0.1)
+    gate = twins.draw(rng, experts, width, dtype=dtype, scale=width**-0.5)
+    return x, norm_weight, gate, twins.draw(rng, experts, dtype=mx.float32, scale=0.2)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_norm_router_equals_its_definition(seed: int) -> None:
+    x, norm_weight, gate, bias = draw_layer(seed, 5, 9, 37, mx.float32)
+    normed, indices, weights = norm_router(x, norm_weight, 1e-5, gate, bias, 3)
+    exact = rms_norm(as_numpy(x)[0].astype(np.float64), as_numpy(norm_weight), 1e-5)
+    chosen, wanted = judge_router(exact, as_numpy(gate), as_numpy(bias), 3, True, 1.0)
+    twins.close(normed[0], exact)
+    np.testing.assert_array_equal(np.array(indices)[0], chosen)
+    np.testing.assert_allclose(as_numpy(weights)[0], wanted, rtol=1e-5)
+
+
+# Tokens, E, K, D, whether there is a bias: fewer numbers than a thread reads at once, odd widths,
+# every expert chosen, more experts than a simdgroup has lanes, the model's own.
+KERNEL_SIZES = [(2, 7, 7, 3, True), (5, 33, 5, 37, False), (3, 70, 4, 130, True)]
+
+
+@pytest.mark.parametrize("dtype", twins.DTYPES)
+@pytest.mark.parametrize("size", [*KERNEL_SIZES, (1, 32, 4, 2048, True)])
+def test_the_norm_router_kernel_equals_its_reference(
+    size: tuple[int, int, int, int, bool], dtype: mx.Dtype
+) -> None:
+    tokens, experts, count, width, biased = size
+    x, norm_weight, gate, bias = draw_layer(3, tokens, experts, width, dtype)
+    given, scale = (bias, 1.0) if biased else (None, 2.5)
+    layer, options = (x, norm_weight, 1e-5, gate, given, count), {"normalize": biased}
+    wanted = norm_router_reference(*layer, **options, scale=scale)
+    with twins.kernels():
+        got = norm_router(*layer, **options, scale=scale, use_kernel=True)
+        mx.eval(got)
+    twins.same_kind(got, wanted)
+    twins.close(got[0], wanted[0])
+    # Another order of summation may round a logit the other way: near ties may swap, no more.
+    scores = mx.sigmoid(wanted[0] @ gate.T)
+    shifted = scores if given is None else scores + given
+    chosen, best = (mx.take_along_axis(shifted, i, axis=-1) for i in (got[1], wanted[1]))
+    twins.close(chosen.astype(dtype), best.astype(dtype))
+    picked = as_numpy(mx.take_along_axis(scores, got[1], axis=-1))
+    divisor = picked.sum(-1, keepdims=True) + 1e-6 if biased else 1 / scale
+    twins.close(got[2], picked / divisor)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_the_norm_router_kernel_gives_ties_and_nans_to_the_lower_index(value: float) -> None:
+    x, ones = mx.full((1, 2, 40), value), mx.ones((40,))
+    with twins.kernels():
+        _, indices, _ = norm_router(x, ones, 1e-5, mx.ones((32, 40)), None, 4, use_kernel=True)
+        mx.eval(indices)
+    np.testing.assert_array_equal(np.array(indices), np.tile(np.arange(4), (1, 2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "count", "width", "gate_dtype", "reason"),
+    [
+        (65, 8, 2, 16, mx.float32, "1 to 64 tokens, got 65"),
+        (1, 8, 2, 16, mx.float16, "of one dtype"),
+        (1, 8, 9, 16, mx.float32, "chooses 1 to 8 experts, got 9"),
+        (1, 513, 2, 16, mx.float32, "at most 4096 and 512 experts"),
+        (1, 8, 2, 4097, mx.float32, "at most 4096 and 512 experts"),
+    ],
+)
+def test_the_norm_router_kernel_states_its_limits(
+    tokens: int, experts: int, count: int, width: int, gate_dtype: mx.Dtype, reason: str
+) -> None:
+    x, gate = mx.zeros((tokens, width)), mx.zeros((experts, width), gate_dtype)
+    with twins.kernels(), pytest.raises(RuntimeError, match=reason):
+        norm_router(x, mx.ones((width,)), 1e-5, gate, None, count, use_kernel=True)

@@ -3,9 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import twins
 from models import as_numpy
 
-from lfm_mlx.kernels.short_conv import short_conv
+from lfm_mlx.kernels import metal
+from lfm_mlx.kernels.short_conv import short_conv, short_conv_reference
 
 # Relative to the largest output: products are rounded to the dtype once before the float32 sum.
 TOLERANCE = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
@@ -94,6 +96,64 @@ def test_no_window_is_a_window_of_zeros() -> None:
     np.testing.assert_array_equal(np.array(fresh), np.array(zeros))
 
 
+@pytest.mark.skipif(metal.available(), reason="the kernel is there")
 def test_a_kernel_that_is_not_there_is_refused() -> None:
     with pytest.raises(RuntimeError, match="short_conv: the Metal kernel cannot run"):
         short_conv(mx.zeros((1, 1, 12)), mx.zeros((4, 3)), use_kernel=True)
+
+
+@pytest.mark.parametrize(
+    ("bcx", "taps", "window", "reason"),
+    [
+        (mx.zeros((1, 1, 12)), mx.zeros((4, 1)), None, "2 to 16 taps, got 1"),
+        (mx.zeros((1, 0, 12)), mx.zeros((4, 3)), None, "no columns"),
+        (mx.zeros((1, 1, 12)), mx.zeros((4, 3)), mx.zeros((1, 2, 4), mx.float16), "the window is"),
+        (mx.zeros((1, 1, 12), mx.int32), mx.zeros((4, 3)), None, "got mlx.core.int32"),
+    ],
+)
+def test_the_kernel_states_its_limits(
+    bcx: mx.array, taps: mx.array, window: mx.array | None, reason: str
+) -> None:
+    with twins.kernels(), pytest.raises(RuntimeError, match=reason):
+        short_conv(bcx, taps, None, window, use_kernel=True)
+
+
+# What is given beside bcx and taps, and B, L, D, W. One channel, fewer than eight numbers; a last
+# chunk of one column; more taps than a chunk has columns; more channels than a group has threads.
+KERNEL_CASES = [
+    (("bias", "window"), (1, 1, 1, 3)),
+    (("window", "start", "stop"), (2, 9, 5, 3)),
+    (("bias", "stop"), (3, 17, 2, 12)),
+    ((), (1, 1, 259, 3)),
+    (("window", "start"), (2, 24, 33, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", twins.DTYPES)
+@pytest.mark.parametrize(("given", "size"), KERNEL_CASES)
+def test_the_kernel_equals_its_reference(
+    given: tuple[str, ...], size: tuple[int, ...], dtype: mx.Dtype
+) -> None:
+    bcx, taps, bias, window = (mx.array(array).astype(dtype) for array in draw(6, *size))
+    rows, length = size[:2]
+    rng = np.random.default_rng(7)
+    start, stop = (mx.array(rng.integers(-2, length + 3, rows).tolist()) for _ in range(2))
+    optional = {"bias": bias, "window": window, "start": start, "stop": stop}
+    chosen = {name: optional[name] for name in given}
+    wanted = short_conv_reference(bcx, taps, **chosen)
+    with twins.kernels():
+        got = short_conv(bcx, taps, **chosen, use_kernel=True)
+        mx.eval(got)
+    twins.same_kind(got, wanted)
+    twins.close(got[0], wanted[0])
+    np.testing.assert_array_equal(as_numpy(got[1]), as_numpy(wanted[1]))
+
+
+def test_the_kernel_keeps_a_nan_in_the_padding() -> None:
+    bcx, taps, bias, window = (mx.array(array) for array in draw(8, 1, 6, 4, 3))
+    dirty = mx.concatenate([mx.full((1, 2, 12), float("nan")), bcx[:, 2:]], axis=1)
+    wanted, _ = short_conv_reference(dirty, taps, bias, window, mx.array([2]))
+    with twins.kernels():
+        y, _ = short_conv(dirty, taps, bias, window, mx.array([2]), use_kernel=True)
+        mx.eval(y)
+    twins.close(y[:, 2:], wanted[:, 2:])
