@@ -144,6 +144,11 @@ def arrays(cache: Sequence[Any]) -> list[Any]:
     return [layer.state for layer in cache]
 
 
+def stored_bytes(cache: Sequence[Any]) -> int:
+    """What keys and values take, with the room they grow into."""
+    return sum(entry.nbytes for entry in cache if not isinstance(entry, ConvWindow))
+
+
 @contextlib.contextmanager
 def whole_step(cache: Sequence[Any]) -> Iterator[None]:
     """Leave the cache as it was before the block when an error or Ctrl-C ends the block halfway.

@@ -1,7 +1,8 @@
 """Prefill in chunks, then pipelined decoding: a stream of Step. Knows token ids only.
 
 The next step is handed to the device before the current token is read, so that the device never
-waits for Python.
+waits for Python. Once keys and values are large it is only built by then: MLX writes into them in
+place when nothing that runs still reads them, and copies them whole otherwise.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -10,14 +11,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.cache import arrays
+from lfm_mlx.cache import arrays, stored_bytes, stored_length, whole_step
 from lfm_mlx.command import InputError
+from lfm_mlx.config import Config
+from lfm_mlx.constraint import Constraint
+from lfm_mlx.keys_values import Packing, pack
 from lfm_mlx.model import Model
 from lfm_mlx.sample import Sampler
 
 PREFILL_CHUNK = 2048
 # How often buffers that MLX keeps for reuse are given back while decoding.
 CLEAR_EVERY = 256
+# From this size on keys and values are not copied at every token for the sake of a full queue.
+LARGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -40,34 +46,51 @@ def decode(
     max_tokens: int = 1024,
     stop_ids: Collection[int] = (),
     cache: list[Any] | None = None,
+    packing: Packing | None = None,
+    constraint: Constraint | None = None,
     chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Step]:
     """Read `prompt`, then yield one Step a token until a stop id or `max_tokens`.
 
+    It ends at the model's maximum as it does at `max_tokens`: nothing that was read is dropped to
+    go on.
+
     sampler: greedy when None
     cache: continued when given; afterwards it holds prompt and answer, a stop token with them, but
-        not the last token that `max_tokens` allowed
+        not the last token that `max_tokens` allowed. Interrupted, it holds all that was read in
+        whole passes, and can be used
+    packing: quantizes keys and values, in `cache` too
+    constraint: says before each token which ones may come, and follows this one answer
     chunk: prompt tokens read in one pass
     progress: called with the prompt tokens read so far and their number
 
-    Raises InputError for an empty prompt, or a token the vocabulary does not have.
+    Raises InputError for an empty prompt, one longer than the model can read, or a token the
+    vocabulary does not have.
     """
     vocab_size = model.config.vocab_size
     check_prompt(prompt, vocab_size)
     sampler = sampler or Sampler(vocab_size)
     cache = model.make_cache() if cache is None else cache
+    max_tokens = room_for_answer(model.config, stored_length(cache) + len(prompt), max_tokens)
     sampler.observe(prompt)
     tokens = mx.array(list(prompt), mx.int32)
-    prefill(model, tokens[:-1], cache, chunk, progress)
+    prefill(model, tokens[:-1], cache, chunk, progress, packing)
     if max_tokens < 1:
         return
-    token, logprob = sampler(model(tokens[None, -1:], cache)[:, -1])
+    logits = read(model, tokens[None, -1:], cache, packing)[:, -1]
+    token, logprob = _draw(sampler, logits, constraint)
     mx.async_eval(token, logprob)
+    large = False
     for index in range(1, max_tokens + 1):
+        if index % CLEAR_EVERY == 1:
+            large = stored_bytes(cache) > LARGE_BYTES
         following = None
         if index < max_tokens:
-            following = sampler(model(token[:, None], cache)[:, -1])
+            logits = read(model, token[:, None], cache, packing)[:, -1]
+            if large:
+                mx.eval(token)
+            following = _draw(sampler, logits, constraint, token)
             mx.async_eval(*following)
         if index == 1 and progress is not None:
             mx.eval(token)
@@ -81,6 +104,21 @@ def decode(
         token, logprob = following
         if index % CLEAR_EVERY == 0:
             mx.clear_cache()
+
+
+def _draw(
+    sampler: Sampler, logits: mx.array, constraint: Constraint | None, token: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
+    """What follows `token` [1], from the logits [1, V] after it.
+
+    A constraint must know the token first; it makes its mask while the device reads that token.
+    """
+    if constraint is None:
+        return sampler(logits)
+    mx.async_eval(logits)
+    if token is not None:
+        constraint.advance(int(_number(token)))
+    return sampler(logits, constraint.allowed())
 
 
 def _number(array: mx.array) -> float:
@@ -99,16 +137,43 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
         )
 
 
+def room_for_answer(config: Config, prompt_tokens: int, max_tokens: int) -> int:
+    """The tokens that may be generated: `max_tokens`, or what the model's maximum leaves.
+
+    Raises InputError when the prompt leaves nothing.
+    """
+    room = config.max_position_embeddings - prompt_tokens
+    if room < 1:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens; the model reads at most "
+            f"{config.max_position_embeddings - 1} and then answers"
+        )
+    return min(max_tokens, room)
+
+
+def read(
+    model: Model, tokens: mx.array, cache: list[Any], packing: Packing | None = None
+) -> mx.array:
+    """The model's logits for tokens [1, L]; when it is interrupted, no layer has read them."""
+    pack(cache, packing)
+    with whole_step(cache):
+        return model(tokens, cache)
+
+
 def prefill(
     model: Model,
     tokens: mx.array,
     cache: list[Any],
     chunk: int = PREFILL_CHUNK,
     progress: Callable[[int, int], None] | None = None,
+    packing: Packing | None = None,
 ) -> None:
-    """Read tokens [L] into the cache, `chunk` at a time; `progress` counts one more to come."""
+    """Read tokens [L] into the cache, `chunk` at a time; `progress` counts one more to come.
+
+    Working memory depends on `chunk`, not on L. Interrupted, it leaves the chunks read so far.
+    """
     for begin in range(0, tokens.size, chunk):
-        model(tokens[None, begin : begin + chunk], cache)
+        read(model, tokens[None, begin : begin + chunk], cache, packing)
         mx.eval(arrays(cache))
         if progress is not None:
             progress(min(begin + chunk, tokens.size), tokens.size + 1)

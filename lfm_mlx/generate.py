@@ -25,8 +25,8 @@ from lfm_mlx.config import Config
 from lfm_mlx.control import Control
 from lfm_mlx.control_options import add_options, control_of
 from lfm_mlx.decode import PREFILL_CHUNK, decode, room_for_answer
-from lfm_mlx.keys_values import BITS, Packing, pack
 from lfm_mlx.hub import resolve
+from lfm_mlx.keys_values import BITS, Packing, pack
 from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes
 from lfm_mlx.model import Model
 from lfm_mlx.sample import Sampler, Sampling
@@ -34,6 +34,10 @@ from lfm_mlx.sample import Sampler, Sampling
 DIM, CYAN, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[0m"
 STYLES = {chat.THINKING: DIM, chat.TOOL_CALL: CYAN, chat.TEXT: ""}
 MAX_TOKENS = 16384
+CUT_SHORT = (
+    "the token budget ended the answer before it was complete: it may not be what was asked for; "
+    "give more --max-tokens"
+)
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Statistics:
     def __str__(self) -> str:
         reused = f" ({self.reused_tokens} of them reused)" if self.reused_tokens else ""
         return (
-            f"prompt: {self.prompt_tokens} tokens{reused}, {self.prompt_tokens_per_second:.1f} tokens/s, "
+            f"prompt: {self.prompt_tokens} tokens{reused}, "
+            f"{self.prompt_tokens_per_second:.1f} tokens/s, "
             f"first token after {self.time_to_first_token_seconds:.2f} s\n"
             f"answer: {self.generated_tokens} tokens, {self.generated_tokens_per_second:.1f} "
             f"tokens/s, finished: {self.finish_reason}\n"
@@ -143,7 +148,7 @@ class Printer:
             sys.stdout.flush()
 
 
-def prompt_ids(args: argparse.Namespace, tokenizer: Any) -> list[int]:
+def prompt_ids(args: argparse.Namespace, control: Control, tokenizer: Any) -> list[int]:
     """The token ids of what --prompt, --system and --raw ask for."""
     prompt = args.prompt
     if prompt is None:
@@ -155,9 +160,12 @@ def prompt_ids(args: argparse.Namespace, tokenizer: Any) -> list[int]:
     if args.raw:
         if args.system is not None:
             raise InputError("--system has no place without the chat template; leave out --raw")
+        if control.tools:
+            raise InputError("--tools have no place without the chat template; leave out --raw")
         return list(tokenizer.encode(prompt))
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return chat.render(tokenizer, [*system, {"role": "user", "content": prompt}])
+    messages = [*system, {"role": "user", "content": prompt}]
+    return chat.render(tokenizer, messages, tools=control.tools)
 
 
 def sampling_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampling:
@@ -192,6 +200,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on a CPU")
     add("--check", action="store_true", help="refuse weights with NaN or infinity")
     add("--force", action="store_true", help="load even what does not fit in memory")
+    add_options(parser)
     return parser
 
 
@@ -199,12 +208,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.max_tokens < 1:
         raise InputError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
+    control = control_of(args)
     folder = resolve(args.model)
     checkpoint = Checkpoint(folder)
     config = Config.from_dict(checkpoint.config)
     sampling = sampling_of(args, checkpoint)
     tokenizer = load_tokenizer(folder)
-    prompt = prompt_ids(args, tokenizer)
+    prompt = prompt_ids(args, control, tokenizer)
+    constraint = control.constraint(tokenizer, config.vocab_size)
     max_tokens = room_for_answer(config, len(prompt), args.max_tokens)
     packing = packing_of(args, config)
     if not args.force:
@@ -216,8 +227,12 @@ def main(argv: list[str] | None = None) -> int:
         cache = known_cache(args, model, tokenizer, prompt)
         pack(cache, packing)
         code = answer(
-            args, model, tokenizer, prompt, sampler, max_tokens, cache=cache, packing=packing
-        )
+            args, model, tokenizer, prompt, sampler, max_tokens, control=control, cache=cache,
+            packing=packing, constraint=constraint,
+        )  # fmt: skip
+        if constraint is not None and constraint.begun and control.choices:
+            before = [*prompt, *constraint.before_answer]
+            print_choices(args, control, model, tokenizer, cache, before)
         if args.prompt_cache is not None:
             prompt_cache.save(args.prompt_cache, cache, model, tokenizer)
         return code
@@ -257,7 +272,7 @@ def require_room(
 
 def answer(
     args: argparse.Namespace, model: Model, tokenizer: Any, prompt: list[int], sampler: Sampler,
-    max_tokens: int, *, cache: list[Any], **options: Any,
+    max_tokens: int, *, control: Control, cache: list[Any], **options: Any,
 ) -> int:  # fmt: skip
     """Print the answer and the statistics; returns the exit code. options: `decode`'s.
 
@@ -286,7 +301,7 @@ def answer(
     )  # fmt: skip
     code = 0
     try:
-        for segment in chat.segments(pieces):
+        for segment in chat.segments(pieces, control.tools or None):
             printer.segment(segment)
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -297,7 +312,25 @@ def answer(
     if args.json:
         printer.event("end", **statistics.as_dict())
     print(statistics, file=sys.stderr)
+    if control.shapes_answer and statistics.finish_reason == "length":
+        print(CUT_SHORT, file=sys.stderr)
     return code
+
+
+def print_choices(
+    args: argparse.Namespace, control: Control, model: Model, tokenizer: Any, cache: list[Any],
+    before: list[int],
+) -> None:  # fmt: skip
+    """Each choice with its probability, the likeliest first; on stderr, or as a JSON event."""
+    tokens = control.choice_tokens(tokenizer)
+    found = choice_probabilities(model, cache, before, tokens, tokenizer.eos_token_ids)
+    ranked = sorted(zip(found, control.choices, strict=True), reverse=True)
+    if args.json:
+        event = {"event": "choices", "probabilities": {choice: number for number, choice in ranked}}
+        print(json.dumps(event, ensure_ascii=False), flush=True)
+        return
+    for number, choice in ranked:
+        print(f"{number:8.4f}  {choice}", file=sys.stderr)
 
 
 def command() -> int:

@@ -19,9 +19,11 @@ from lfm_mlx.kernels import metal
 # What quantized keys and values can be: 32 must be a multiple of the bits in mlx-lm's class.
 BITS = (8, 4)
 GROUP_SIZES = (64, 32)
-# The scores that attention holds at a time, in float32. A tile of them has this many queries.
-SCORES_BYTES = 64 << 20
+# The scores of one tile, in float32; its most queries, and its most keys. MLX has some ten tiles
+# under way at a time.
+SCORES_BYTES = 16 << 20
 TILE_QUERIES = 256
+TILE_KEYS = 2048
 
 
 class Growing:
@@ -124,7 +126,7 @@ def attend(
 ) -> mx.array:
     """Softmax attention over the keys and values `cache` holds, quantized or not.
 
-    However long they are, no more than about SCORES_BYTES of scores exist at a time.
+    However long they are, scores and copies take no more than a few tiles.
 
     Shapes:
         queries: [B, H, L, Dh] · keys, values: [B, Hkv, S, Dh] or their quantized triples
@@ -134,7 +136,9 @@ def attend(
     packed = isinstance(keys, tuple | list)
     stored = (keys[0] if packed else keys).shape[2]
     fused = metal.available() and not packed  # MLX's kernel never writes the scores down
-    if length == 1 or fused or 4 * batch * heads * length * stored <= SCORES_BYTES:
+    copied = packed and not metal.available()  # whole, by the CPU's quantized product
+    small = 4 * batch * heads * length * stored <= SCORES_BYTES or length == 1
+    if fused or (small and not (copied and stored > TILE_KEYS)):
         return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
     return attend_in_tiles(queries, Tiles(keys, cache), Tiles(values, cache), mask, scale)
 
@@ -189,7 +193,8 @@ def attend_block(
         query's position, or a mask [B or 1, 1, 1, L, S]
     """
     batch, kv_heads, repeats, length, _ = queries.shape
-    columns = max(1, SCORES_BYTES // (4 * batch * kv_heads * repeats * length))
+    fitting = SCORES_BYTES // (4 * batch * kv_heads * repeats * length)
+    columns = min(max(1, fitting), TILE_KEYS)
     end = min(seen + length, keys.length) if isinstance(seen, int) else keys.length
     peak = mx.full((*queries.shape[:-1], 1), mx.finfo(mx.float32).min)
     total, mixed = mx.zeros_like(peak), mx.zeros_like(queries)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from lfm_mlx.command import InputError
 
@@ -64,36 +64,82 @@ class Sampler:
     """Draws the tokens of one sequence, and remembers which tokens it has had."""
 
     def __init__(self, vocab_size: int, sampling: Sampling = GREEDY, seed: int | None = None):
-        """Seeds MLX's random state when `seed` is given: the same seed draws the same tokens."""
-        self.penalty = sampling.repetition_penalty
-        self._seen = mx.zeros((vocab_size,), mx.bool_) if self.penalty != 1.0 else None  # [V]
-        self._draw = make_sampler(
-            sampling.temperature,
-            sampling.top_p,
-            sampling.min_p,
-            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,
-        )
-        if seed is not None:
-            mx.random.seed(seed)
+        """The same seed draws the same tokens; without one, MLX's random state gives a seed."""
+        self.sampling = sampling
+        self.top_k = sampling.top_k if sampling.top_k < vocab_size else 0
+        self.seed = int(mx.random.randint(0, 2**31 - 1).item()) if seed is None else seed
+        self.drawn = 0
+        penalized = sampling.repetition_penalty != 1.0
+        self._seen = mx.zeros((vocab_size,), mx.bool_) if penalized else None  # [V]
+        # What had been seen after each draw of the last `each`.
+        self._seen_after: list[mx.array | None] = []
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Count these tokens as had."""
         if self._seen is not None:
             self._seen[mx.array(list(tokens), mx.int32)] = True
 
-    def __call__(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+    def __call__(
+        self, logits: mx.array, allowed: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
         """The next token and the logarithm of the probability the model gave it.
+
+        allowed: the tokens to draw among, [V] bool; None for all
 
         Shapes: logits [1, V], returns token [1] and log-probability [1], both lazy.
         """
         logprobs = normalized(logits.astype(mx.float32))
-        if self._seen is None:
-            token = self._draw(logprobs)
-        else:
-            lowered = mx.where(logits > 0, logits / self.penalty, logits * self.penalty)
-            token = self._draw(normalized(mx.where(self._seen, lowered, logits)))
-            self._seen[token] = True
+        weights = logprobs
+        if self._seen is not None:
+            penalty = self.sampling.repetition_penalty
+            lowered = mx.where(logits > 0, logits / penalty, logits * penalty)
+            weights = normalized(mx.where(self._seen, lowered, logits))
+        if allowed is not None:
+            weights = mx.where(allowed, weights, -mx.inf)
+            # Without rounding anew, so that greedy draws what it drew where that is allowed.
+            weights = normalized(weights) if self.sampling.temperature > 0 else weights
+        token = self._draw(weights)
+        if self._seen is not None:
+            self._seen = mx.put_along_axis(self._seen, token, mx.array(True), axis=0)
+        self.drawn += 1
         return token, mx.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0]
+
+    def each(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """Draw at consecutive positions, at each as if those before it had been drawn alone.
+
+        Shapes: logits [L, V], returns tokens [L] and log-probabilities [L], both lazy.
+        """
+        self._seen_after = []
+        if self.sampling.temperature == 0 and self._seen is None:
+            return self(logits)
+        drawn = []
+        for position in range(logits.shape[0]):
+            drawn.append(self(logits[position : position + 1]))
+            self._seen_after.append(self._seen)
+        tokens, logprobs = zip(*drawn, strict=True)
+        return mx.concatenate(tokens), mx.concatenate(logprobs)
+
+    def keep(self, count: int) -> None:
+        """Undo what the last `each` drew after its first `count` tokens, 1 or more."""
+        if self._seen_after:
+            self._seen = self._seen_after[count - 1]
+            self.drawn -= len(self._seen_after) - count
+            self._seen_after = []
+
+    def _draw(self, logprobs: mx.array) -> mx.array:
+        """A token [1] from log-probabilities [1, V], which the choices of `sampling` narrow."""
+        chosen = self.sampling
+        if chosen.temperature == 0:
+            return mx.argmax(logprobs, axis=-1)
+        if chosen.top_p < 1:
+            logprobs = apply_top_p(logprobs, chosen.top_p)
+        if chosen.min_p > 0:
+            logprobs = apply_min_p(logprobs, chosen.min_p)
+        if self.top_k > 0:
+            logprobs = apply_top_k(logprobs, self.top_k)
+        # A draw depends on the seed and on its number, not on what else was drawn.
+        key = mx.array([self.seed % 2**32, self.drawn], mx.uint32)
+        return mx.random.categorical(logprobs / chosen.temperature, key=key)
 
 
 def normalized(logits: mx.array) -> mx.array:

@@ -41,10 +41,14 @@ class TokenLog:
 
     def trim(self, count: int) -> int:
         """Forget the last `count` columns, or all there are; returns how many."""
-        count = min(count, self.length)
-        if count:
-            kept = self.tokens[:, : self.length - count]  # pyright: ignore[reportOptionalSubscript]
-            self.parts = [kept] if kept.shape[1] else []
+        count = left = min(count, self.length)
+        # Part by part: joining them first would copy them all at every rewind.
+        while left:
+            part = self.parts.pop()
+            kept = max(0, part.shape[1] - left)
+            left -= part.shape[1] - kept
+            if kept:
+                self.parts.append(part[:, :kept])
         return count
 
     def rows(self, rows: Sequence[int]) -> "TokenLog":
