@@ -27,7 +27,7 @@ def only(tokens: Iterable[int], vocab_size: int) -> mx.array:
     """The mask [V] that allows these tokens and no others."""
     mask = np.zeros(vocab_size, np.bool_)
     mask[list(tokens)] = True
-    return mx.array(mask)
+    return mx.array(mask)  # pyright: ignore[reportArgumentType] - NumPy arrays are taken
 
 
 def all_but(tokens: Iterable[int], vocab_size: int) -> mx.array:

@@ -149,14 +149,16 @@ class Tiles:
     def __init__(self, stored: Any, cache: Any):
         self.stored = stored
         self.packing = (cache.group_size, cache.bits) if isinstance(stored, tuple | list) else None
-        _, self.heads, self.length, _ = (stored[0] if self.packing else stored).shape
+        parts: Any = stored if self.packing else (stored,)
+        _, self.heads, self.length, _ = parts[0].shape
 
     def read(self, begin: int, end: int) -> mx.array:
         """Tokens [begin, end), as [B, Hkv, 1, end - begin, Dh]."""
         if self.packing is None:
             part = self.stored[..., begin:end, :]
         else:
-            part = mx.dequantize(*(x[..., begin:end, :] for x in self.stored), *self.packing)
+            weight, scales, biases = (part[..., begin:end, :] for part in self.stored)
+            part = mx.dequantize(weight, scales, biases, *self.packing)
         return part.astype(mx.float32)[:, :, None]
 
 

@@ -48,12 +48,13 @@ def fingerprint(model: Model) -> str:
     The same in every process, and for one checkpoint in every dtype it can be loaded in.
     """
     digest = hashlib.sha256(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
-    for name, array in sorted(tree_flatten(model.parameters())):
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    for name, array in sorted(parameters.items()):
         places = mx.array(np.linspace(0, array.size - 1, SAMPLES).astype(np.uint32))
         values = array.reshape(-1)[places]
         if mx.issubdtype(array.dtype, mx.floating):
             values = values.astype(mx.bfloat16)
-        digest.update(f"{name} {array.shape} ".encode() + bytes(memoryview(values.view(mx.uint8))))
+        digest.update(f"{name} {array.shape} ".encode() + np.array(values.view(mx.uint8)).tobytes())
     return digest.hexdigest()
 
 
@@ -169,7 +170,7 @@ def write_safetensors(
     digest = hashlib.sha256(first)
     file.write(first)
     for array in tensors.values():
-        data = memoryview(mx.contiguous(array).view(mx.uint8)).cast("B")
+        data = np.array(mx.contiguous(array).view(mx.uint8)).tobytes()
         digest.update(data)
         file.write(data)
     file.seek(first.index(UNSIGNED.encode()))

@@ -67,7 +67,8 @@ class Sampler:
         """The same seed draws the same tokens; without one, MLX's random state gives a seed."""
         self.sampling = sampling
         self.top_k = sampling.top_k if sampling.top_k < vocab_size else 0
-        self.seed = int(mx.random.randint(0, 2**31 - 1).item()) if seed is None else seed
+        drawn: Any = mx.random.randint(0, 2**31 - 1).item() if seed is None else seed
+        self.seed: int = drawn
         self.drawn = 0
         penalized = sampling.repetition_penalty != 1.0
         self._seen = mx.zeros((vocab_size,), mx.bool_) if penalized else None  # [V]
@@ -117,7 +118,7 @@ class Sampler:
             drawn.append(self(logits[position : position + 1]))
             self._seen_after.append(self._seen)
         tokens, logprobs = zip(*drawn, strict=True)
-        return mx.concatenate(tokens), mx.concatenate(logprobs)
+        return mx.concatenate(list(tokens)), mx.concatenate(list(logprobs))
 
     def keep(self, count: int) -> None:
         """Undo what the last `each` drew after its first `count` tokens, 1 or more."""

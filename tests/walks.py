@@ -1,7 +1,7 @@
 """Walks through a Constraint: random allowed tokens, as a model of random weights would draw."""
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,36 +16,33 @@ VOCAB_SIZE = len(TOKENIZER) + 5
 VOCABULARY = vocabulary_of(TOKENIZER, VOCAB_SIZE)
 ADDED = TOKENIZER.get_added_vocab()
 STOPS = frozenset(TOKENIZER.eos_token_ids)
-CLOSERS = frozenset(b"'\"}])")
+CLOSING = np.array([bool(set(word) & set(b"'\"}])")) for word in VOCABULARY.words])
 
 
 def allowed_tokens(constraint: Constraint) -> list[int] | None:
     mask = constraint.allowed()
-    if mask is None:
-        return None
-    assert mask.shape == (VOCAB_SIZE,)
-    return np.nonzero(np.array(mask))[0].tolist()
+    return None if mask is None else np.nonzero(np.array(mask))[0].tolist()
 
 
-def walk(
-    constraint: Constraint, seed: int, most: int = 300, stops: Collection[int] = STOPS
-) -> list[int] | None:
+def walk(constraint: Constraint, seed: int, most: int = 300) -> list[int] | None:
     """The tokens of one answer without its stop; None where it has no end after `most`.
 
-    Tokens that close something are preferred now and then, lest strings run on.
+    What ends or closes something is preferred now and then, lest strings run on.
     """
     chance = random.Random(seed)
     answer: list[int] = []
     for _ in range(most):
-        tokens = allowed_tokens(constraint)
-        assert tokens, "a mask that allows nothing, or an answer without any limit"
-        closing = [token for token in tokens if set(VOCABULARY.words[token]) & CLOSERS]
-        ends = [token for token in tokens if token in stops]
-        if ends and (len(ends) == len(tokens) or chance.random() < 0.3):
+        mask = np.array(constraint.allowed())
+        assert mask.shape == (VOCAB_SIZE,), "an answer without any limit"
+        assert mask.any(), "a mask that allows nothing"
+        if mask[[*STOPS]].any() and chance.random() < 0.3:
             return answer
-        if closing and chance.random() < 0.3:
-            tokens = closing
-        token = chance.choice(tokens)
+        if (mask & CLOSING).any() and chance.random() < 0.3:
+            mask &= CLOSING
+        tokens = np.nonzero(mask)[0]
+        token = int(tokens[chance.randrange(len(tokens))])
+        if token in STOPS:
+            return answer
         constraint.advance(token)
         answer.append(token)
     return None

@@ -99,7 +99,7 @@ def _value(schema: Any) -> str:
         kind, keywords = schema.get("type"), schema.keys() - _ANNOTATIONS
         if isinstance(kind, str) and kind in _PLAIN and not keywords:
             return _PLAIN[kind]
-        listed = schema.get("enum")
+        listed = schema.get("enum") or ()
         if kind in ("string", None) and keywords == {"enum"} and _are_quotable(listed):
             return " | ".join(literal(f"'{option}'") for option in listed)
     return json_rule(schema)
