@@ -1,0 +1,63 @@
+"""The embedded model: its files, its frozen answers, and what it gets right of unseen questions."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from evaluate_demo import accuracy
+from reference import FIXTURES
+
+from lfm_mlx import Model
+from lfm_mlx.convert import convert
+from lfm_mlx.decode import decode
+from lfm_mlx.hub import DEMO_FOLDER
+from lfm_mlx.load import load, load_model, load_tokenizer
+from lfm_mlx.quantize import Packing, Recipe
+
+# What Hugging Face's implementation answered greedily in float32, as token ids; by train_demo.
+FROZEN = json.loads((FIXTURES / "demo_answers.json").read_text(encoding="utf-8"))["entries"]
+# Held-out examples of each kind, and the least share that must be answered exactly.
+COUNT = 60
+LEAST = {"sum": 0.95, "tool_call": 0.95, "tool_answer": 0.95, "fact": 0.95, "greeting": 0.95}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load_model(DEMO_FOLDER)
+
+
+@pytest.mark.parametrize("entry", FROZEN, ids=lambda entry: entry["kind"])
+def test_frozen_answers(demo: Model, entry: dict) -> None:
+    steps = decode(demo, entry["prompt"], max_tokens=len(entry["reply"]))
+    assert [step.token for step in steps] == entry["reply"]
+
+
+@pytest.mark.parametrize("kind", LEAST)
+def test_held_out_accuracy(demo: Model, kind: str) -> None:
+    assert accuracy(demo, load_tokenizer(DEMO_FOLDER), kind, COUNT) >= LEAST[kind]
+
+
+@pytest.mark.parametrize("kind", ["sum", "tool_call"])
+def test_four_bits_cost_at_most_three_points(demo: Model, tmp_path: Path, kind: str) -> None:
+    convert("demo", tmp_path / "4-bit", recipe=Recipe(Packing.of(bits=4)))
+    packed, tokenizer = load(tmp_path / "4-bit")
+    floating = accuracy(demo, tokenizer, kind, COUNT)
+    assert accuracy(packed, tokenizer, kind, COUNT) >= floating - 0.03 - 1e-9
+
+
+def test_every_expert_is_used(demo: Model) -> None:
+    config = demo.config
+    tokens = [token for entry in FROZEN for token in entry["prompt"] + entry["reply"]]
+    h = demo.model.embed_tokens(mx.array(tokens)[None])
+    for index, layer in enumerate(demo.layers):
+        if config.is_sparse(index):
+            middle = h + layer.operator(layer.operator_norm(h), "causal", None)
+            chosen, _ = layer.feed_forward.route(layer.ffn_norm(middle))
+            assert set(np.array(chosen).flatten()) == set(range(config.num_experts))
+        h = layer(h, "causal", None)
+
+
+def test_it_is_small() -> None:
+    assert sum(file.stat().st_size for file in DEMO_FOLDER.iterdir()) <= 8e6
