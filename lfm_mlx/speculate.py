@@ -24,7 +24,7 @@ from lfm_mlx.decode import (
     prefill,
     read,
     room_for_answer,
-)  # fmt: skip
+)
 from lfm_mlx.keys_values import Packing
 from lfm_mlx.lookup import Lookup
 from lfm_mlx.model import Model
