@@ -22,14 +22,17 @@ from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.choice_scores import choice_probabilities
 from lfm_mlx.command import INTERRUPTED, InputError, run
 from lfm_mlx.config import Config
+from lfm_mlx.constraint import Constraint
 from lfm_mlx.control import Control
 from lfm_mlx.control_options import add_options, control_of
 from lfm_mlx.decode import PREFILL_CHUNK, decode, room_for_answer
 from lfm_mlx.hub import resolve
 from lfm_mlx.keys_values import BITS, Packing, pack
 from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes
+from lfm_mlx.lookup import LONGEST_DRAFT, Lookup
 from lfm_mlx.model import Model
 from lfm_mlx.sample import Sampler, Sampling
+from lfm_mlx.speculate import decode_with_lookup
 
 DIM, CYAN, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[0m"
 STYLES = {chat.THINKING: DIM, chat.TOOL_CALL: CYAN, chat.TEXT: ""}
@@ -50,6 +53,9 @@ class Statistics:
     time_to_first_token_seconds: float = 0.0
     total_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    passes: int = 0  # of the model after the prompt, with --lookup
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finish_reason: str = "interrupted"
 
     @property
@@ -75,7 +81,15 @@ class Statistics:
             f"first token after {self.time_to_first_token_seconds:.2f} s\n"
             f"answer: {self.generated_tokens} tokens, {self.generated_tokens_per_second:.1f} "
             f"tokens/s, finished: {self.finish_reason}\n"
-            f"peak memory: {self.peak_memory_bytes / 1e9:.2f} GB"
+            f"{self._drafts()}peak memory: {self.peak_memory_bytes / 1e9:.2f} GB"
+        )
+
+    def _drafts(self) -> str:
+        if not self.passes:
+            return ""
+        return (
+            f"lookup: {self.accepted_tokens} of {self.drafted_tokens} drafted tokens accepted, "
+            f"{self.generated_tokens / self.passes:.2f} tokens a pass\n"
         )
 
 
@@ -85,19 +99,24 @@ def _rate(count: int, seconds: float) -> float:
 
 def stream(
     model: Model, tokenizer: Any, prompt: list[int], sampler: Sampler, max_tokens: int,
-    statistics: Statistics, **options: Any,
+    statistics: Statistics, lookup: Lookup | None = None, **options: Any,
 ) -> Iterator[str]:  # fmt: skip
     """The answer's text, piece by piece; fills `statistics` as it goes. options: `decode`'s."""
+    steps = decode if lookup is None else partial(decode_with_lookup, lookup=lookup)
     text = chat.TextStream(tokenizer)
     began = time.perf_counter()
     stops = tokenizer.eos_token_ids
-    for step in decode(
+    for step in steps(
         model, prompt, sampler=sampler, max_tokens=max_tokens, stop_ids=stops, **options
     ):
         statistics.total_seconds = time.perf_counter() - began
         statistics.generated_tokens += 1
         if statistics.generated_tokens == 1:
             statistics.time_to_first_token_seconds = statistics.total_seconds
+        if lookup is not None:
+            statistics.passes = lookup.passes
+            statistics.drafted_tokens = lookup.drafted
+            statistics.accepted_tokens = lookup.accepted
         if step.finish_reason is not None:
             statistics.finish_reason = step.finish_reason
         if step.finish_reason != "stop":
@@ -193,6 +212,8 @@ def parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, metavar="R", help="1: none")
     add("--seed", type=int, help="the same seed draws the same tokens")
     add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
+    add("--lookup", type=int, nargs="?", const=LONGEST_DRAFT, metavar="N",
+        help="draft up to N tokens a pass (default %(const)s) from what was read before")
     add("--prompt-cache", metavar="FILE", help="what was read: continued, or made, and kept")
     add("--kv-bits", type=int, choices=BITS, help="quantize keys and values")
     add("--kv-group-size", type=int, metavar="G", help="default: what the head width allows")
@@ -218,6 +239,7 @@ def main(argv: list[str] | None = None) -> int:
     constraint = control.constraint(tokenizer, config.vocab_size)
     max_tokens = room_for_answer(config, len(prompt), args.max_tokens)
     packing = packing_of(args, config)
+    lookup = lookup_of(args, constraint)
     if not args.force:
         require_room(checkpoint, config, args.dtype, len(prompt) + max_tokens, packing)
     loading = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
@@ -228,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
         pack(cache, packing)
         code = answer(
             args, model, tokenizer, prompt, sampler, max_tokens, control=control, cache=cache,
-            packing=packing, constraint=constraint,
+            packing=packing, **({"constraint": constraint} if lookup is None else {"lookup": lookup}),
         )  # fmt: skip
         if constraint is not None and constraint.begun and control.choices:
             before = [*prompt, *constraint.before_answer]
@@ -245,6 +267,15 @@ def packing_of(args: argparse.Namespace, config: Config) -> Packing | None:
             raise InputError("--kv-group-size and --kv-start belong to --kv-bits; give that too")
         return None
     return Packing.of(config, args.kv_bits, args.kv_group_size, args.kv_start or 0)
+
+
+def lookup_of(args: argparse.Namespace, constraint: Constraint | None) -> Lookup | None:
+    """What --lookup asks for."""
+    if args.lookup is None:
+        return None
+    if constraint is not None:
+        raise InputError("--lookup drafts free text; leave it out where the answer is constrained")
+    return Lookup(args.lookup)
 
 
 def known_cache(

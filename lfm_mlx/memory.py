@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -26,8 +27,11 @@ def peak_bytes() -> int:
     """The most memory this process has held: MLX's on Metal, else the resident set's peak."""
     if metal.available():
         return mx.get_peak_memory()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "linux":
+        # getrusage would count what the parent held when it forked this process.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def require_room(weight_bytes: int, cache_bytes: int, context: int) -> None:

@@ -111,7 +111,7 @@ def test_large_caches_give_the_same_answer(
 
 
 def test_large_keys_and_values_are_written_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a full queue MLX copies them at every token; without, it does not."""
+    """With a full queue MLX may copy them at every token; without, it does not."""
     config = ODD | {
         "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "hidden_size": 256,
         "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1 << 15,
@@ -133,7 +133,7 @@ def test_large_keys_and_values_are_written_in_place(monkeypatch: pytest.MonkeyPa
         return mx.get_peak_memory() - before
 
     most(0)
-    assert most(0) < most(1 << 40) - length * 4 * 64 * 4
+    assert most(0) < length * 4 * 64 * 4
 
 
 def limited(length: int) -> Model:
