@@ -212,8 +212,14 @@ def parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, metavar="R", help="1: none")
     add("--seed", type=int, help="the same seed draws the same tokens")
     add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
-    add("--lookup", type=int, nargs="?", const=LONGEST_DRAFT, metavar="N",
-        help="draft up to N tokens a pass (default %(const)s) from what was read before")
+    add(
+        "--lookup",
+        type=int,
+        nargs="?",
+        const=LONGEST_DRAFT,
+        metavar="N",
+        help="draft up to N tokens a pass (default %(const)s) from what was read before",
+    )
     add("--prompt-cache", metavar="FILE", help="what was read: continued, or made, and kept")
     add("--kv-bits", type=int, choices=BITS, help="quantize keys and values")
     add("--kv-group-size", type=int, metavar="G", help="default: what the head width allows")
@@ -240,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     max_tokens = room_for_answer(config, len(prompt), args.max_tokens)
     packing = packing_of(args, config)
     lookup = lookup_of(args, constraint)
+    steering = {"constraint": constraint} if lookup is None else {"lookup": lookup}
     if not args.force:
         require_room(checkpoint, config, args.dtype, len(prompt) + max_tokens, packing)
     loading = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
@@ -250,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         pack(cache, packing)
         code = answer(
             args, model, tokenizer, prompt, sampler, max_tokens, control=control, cache=cache,
-            packing=packing, **({"constraint": constraint} if lookup is None else {"lookup": lookup}),
+            packing=packing, **steering,
         )  # fmt: skip
         if constraint is not None and constraint.begun and control.choices:
             before = [*prompt, *constraint.before_answer]

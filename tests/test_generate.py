@@ -12,7 +12,7 @@ import time
 import pytest
 
 from lfm_mlx import generate, memory
-from lfm_mlx.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.command import BAD_INPUT, INTERRUPTED, InputError
 from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import load_tokenizer
 
@@ -172,3 +172,28 @@ def test_a_closed_pipe_is_silent() -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 0
+
+
+COPY = "Repeat after me: spoon flag top late food cotton"
+
+
+def test_lookup_gives_the_same_answer_in_fewer_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = events(capsys, "--prompt", COPY)
+    lookup = events(capsys, "--prompt", COPY, "--lookup")
+    assert text_of(lookup, "text") == text_of(plain, "text")
+    assert lookup[-1]["generated_tokens"] == plain[-1]["generated_tokens"]
+    assert 0 < lookup[-1]["passes"] < lookup[-1]["generated_tokens"]
+    assert lookup[-1]["accepted_tokens"] <= lookup[-1]["drafted_tokens"]
+    packed = events(capsys, "--prompt", COPY, "--lookup", "4", "--kv-bits", "8")
+    assert packed[-1]["passes"] < packed[-1]["generated_tokens"]
+    assert generate.main(["--model", "demo", "--prompt", COPY, "--lookup"]) == 0
+    assert "drafted tokens accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [(["--lookup", "0"], "cannot draft 0 tokens"), (["--lookup", "--choice", "a|b"], "free text")],
+)
+def test_what_lookup_cannot_do_is_refused(argv: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        generate.main(["--model", "demo", "--prompt", COPY, *argv])
