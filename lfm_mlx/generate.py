@@ -20,7 +20,7 @@ from lfm_mlx import chat, memory, prompt_cache
 from lfm_mlx.cache import rewind, stored_length
 from lfm_mlx.checkpoint import Checkpoint
 from lfm_mlx.choice_scores import choice_probabilities
-from lfm_mlx.command import INTERRUPTED, InputError, run
+from lfm_mlx.command import DONE, INTERRUPTED, InputError, run
 from lfm_mlx.config import Config
 from lfm_mlx.constraint import Constraint
 from lfm_mlx.control import Control
@@ -259,9 +259,6 @@ def main(argv: list[str] | None = None) -> int:
             args, model, tokenizer, prompt, sampler, max_tokens, control=control, cache=cache,
             packing=packing, **steering,
         )  # fmt: skip
-        if constraint is not None and constraint.begun and control.choices:
-            before = [*prompt, *constraint.before_answer]
-            print_choices(args, control, model, tokenizer, cache, before)
         if args.prompt_cache is not None:
             prompt_cache.save(args.prompt_cache, cache, model, tokenizer)
         return code
@@ -337,7 +334,7 @@ def answer(
         model, tokenizer, unread, sampler, max_tokens, statistics, progress=progress,
         cache=cache, **options,
     )  # fmt: skip
-    code = 0
+    code = DONE
     try:
         for segment in chat.segments(pieces, control.tools or None):
             printer.segment(segment)
@@ -346,6 +343,10 @@ def answer(
     finally:
         bar.close()
     printer.end()
+    constraint = options.get("constraint")
+    if control.choices and code == DONE and constraint.begun:
+        before = [*prompt, *constraint.before_answer]
+        print_choices(printer, control, model, tokenizer, cache, before)
     statistics.peak_memory_bytes = memory.peak_bytes()
     if args.json:
         printer.event("end", **statistics.as_dict())
@@ -356,16 +357,15 @@ def answer(
 
 
 def print_choices(
-    args: argparse.Namespace, control: Control, model: Model, tokenizer: Any, cache: list[Any],
+    printer: Printer, control: Control, model: Model, tokenizer: Any, cache: list[Any],
     before: list[int],
 ) -> None:  # fmt: skip
     """Each choice with its probability, the likeliest first; on stderr, or as a JSON event."""
     tokens = control.choice_tokens(tokenizer)
     found = choice_probabilities(model, cache, before, tokens, tokenizer.eos_token_ids)
     ranked = sorted(zip(found, control.choices, strict=True), reverse=True)
-    if args.json:
-        event = {"event": "choices", "probabilities": {choice: number for number, choice in ranked}}
-        print(json.dumps(event, ensure_ascii=False), flush=True)
+    if printer.as_json:
+        printer.event("choices", probabilities={choice: number for number, choice in ranked})
         return
     for number, choice in ranked:
         print(f"{number:8.4f}  {choice}", file=sys.stderr)

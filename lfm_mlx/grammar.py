@@ -5,6 +5,7 @@ place in the grammar is new; `benchmarks/masks.py` measures it beside xgrammar, 
 much but whose grammars take ten times as long to compile, and which brings PyTorch along.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -101,4 +102,5 @@ class Grammar:
 def _problem(error: str) -> str:
     """llguidance's message in one line, without its drawing of the place."""
     lines = [line for line in error.splitlines() if "|" not in line and line.strip(" ^")]
-    return one_line(ValueError(" ".join(lines) or error))[:300]
+    text = re.sub(r"^at \d+\(\d+\): ", "", " ".join(lines) or error)
+    return one_line(ValueError(text))[:300]
