@@ -6,36 +6,29 @@ Text goes to stdout, statistics and progress to stderr.
 """
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from lfm_mlx import chat, memory, prompt_cache
-from lfm_mlx.cache import rewind, stored_length
-from lfm_mlx.checkpoint import Checkpoint
+from lfm_mlx.cache import stored_length
 from lfm_mlx.choice_scores import choice_probabilities
 from lfm_mlx.command import DONE, INTERRUPTED, InputError, run
 from lfm_mlx.config import Config
 from lfm_mlx.constraint import Constraint
 from lfm_mlx.control import Control
 from lfm_mlx.control_options import add_options, control_of
-from lfm_mlx.decode import PREFILL_CHUNK, decode, room_for_answer
-from lfm_mlx.hub import resolve
+from lfm_mlx.decode import PREFILL_CHUNK, room_for_answer
 from lfm_mlx.keys_values import BITS, Packing, pack
-from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes
 from lfm_mlx.lookup import LONGEST_DRAFT, Lookup
 from lfm_mlx.model import Model
-from lfm_mlx.sample import Sampler, Sampling
-from lfm_mlx.speculate import decode_with_lookup
+from lfm_mlx.model_options import Chosen, add_model_options, add_sampling_options, at_least_one
+from lfm_mlx.printer import Printer
+from lfm_mlx.sample import Sampler
+from lfm_mlx.stream import Statistics, stream
 
-DIM, CYAN, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[0m"
-STYLES = {chat.THINKING: DIM, chat.TOOL_CALL: CYAN, chat.TEXT: ""}
 MAX_TOKENS = 16384
 CUT_SHORT = (
     "the token budget ended the answer before it was complete: it may not be what was asked for; "
@@ -43,131 +36,7 @@ CUT_SHORT = (
 )
 
 
-@dataclass
-class Statistics:
-    """What a run took. Times in seconds since the prompt was handed over."""
-
-    prompt_tokens: int
-    reused_tokens: int = 0  # of the prompt, from --prompt-cache
-    generated_tokens: int = 0
-    time_to_first_token_seconds: float = 0.0
-    total_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    passes: int = 0  # of the model after the prompt, with --lookup
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-    finish_reason: str = "interrupted"
-
-    @property
-    def prompt_tokens_per_second(self) -> float:
-        return _rate(self.prompt_tokens - self.reused_tokens, self.time_to_first_token_seconds)
-
-    @property
-    def generated_tokens_per_second(self) -> float:
-        after_first = self.total_seconds - self.time_to_first_token_seconds
-        return _rate(self.generated_tokens - 1, after_first)
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {
-            "prompt_tokens_per_second": round(self.prompt_tokens_per_second, 3),
-            "generated_tokens_per_second": round(self.generated_tokens_per_second, 3),
-        }
-
-    def __str__(self) -> str:
-        reused = f" ({self.reused_tokens} of them reused)" if self.reused_tokens else ""
-        return (
-            f"prompt: {self.prompt_tokens} tokens{reused}, "
-            f"{self.prompt_tokens_per_second:.1f} tokens/s, "
-            f"first token after {self.time_to_first_token_seconds:.2f} s\n"
-            f"answer: {self.generated_tokens} tokens, {self.generated_tokens_per_second:.1f} "
-            f"tokens/s, finished: {self.finish_reason}\n"
-            f"{self._drafts()}peak memory: {self.peak_memory_bytes / 1e9:.2f} GB"
-        )
-
-    def _drafts(self) -> str:
-        if not self.passes:
-            return ""
-        return (
-            f"lookup: {self.accepted_tokens} of {self.drafted_tokens} drafted tokens accepted, "
-            f"{self.generated_tokens / self.passes:.2f} tokens a pass\n"
-        )
-
-
-def _rate(count: int, seconds: float) -> float:
-    return count / seconds if seconds > 0 and count > 0 else 0.0
-
-
-def stream(
-    model: Model, tokenizer: Any, prompt: list[int], sampler: Sampler, max_tokens: int,
-    statistics: Statistics, lookup: Lookup | None = None, **options: Any,
-) -> Iterator[str]:  # fmt: skip
-    """The answer's text, piece by piece; fills `statistics` as it goes. options: `decode`'s."""
-    steps = decode if lookup is None else partial(decode_with_lookup, lookup=lookup)
-    text = chat.TextStream(tokenizer)
-    began = time.perf_counter()
-    stops = tokenizer.eos_token_ids
-    for step in steps(
-        model, prompt, sampler=sampler, max_tokens=max_tokens, stop_ids=stops, **options
-    ):
-        statistics.total_seconds = time.perf_counter() - began
-        statistics.generated_tokens += 1
-        if statistics.generated_tokens == 1:
-            statistics.time_to_first_token_seconds = statistics.total_seconds
-        if lookup is not None:
-            statistics.passes = lookup.passes
-            statistics.drafted_tokens = lookup.drafted
-            statistics.accepted_tokens = lookup.accepted
-        if step.finish_reason is not None:
-            statistics.finish_reason = step.finish_reason
-        if step.finish_reason != "stop":
-            yield from text.add(step.token)
-    yield from text.finish()
-
-
-class Printer:
-    """Writes segments to stdout: styled on a terminal, with their tags in a pipe, or as JSON."""
-
-    def __init__(self, show_thinking: bool, as_json: bool):
-        self.show_thinking = show_thinking
-        self.as_json = as_json
-        self.styled = sys.stdout.isatty()
-        self.kind = chat.TEXT
-
-    def event(self, event: str, **content: Any) -> None:
-        print(json.dumps({"event": event} | content, ensure_ascii=False), flush=True)
-
-    def segment(self, segment: chat.Segment) -> None:
-        if segment.kind == chat.THINKING and not self.show_thinking:
-            return
-        if self.as_json:
-            calls = [asdict(call) for call in segment.calls]
-            reason = {"reason": segment.reason} if segment.reason else {}
-            self.event(segment.kind, text=segment.text, **({"calls": calls} if calls else reason))
-            return
-        if segment.begins:
-            self.change(segment.kind)
-        sys.stdout.write(segment.text)
-        sys.stdout.flush()
-
-    def change(self, kind: str) -> None:
-        """Close the block that was being written and open one of this kind."""
-        opening = {name: tag for tag, (_, name) in chat.TAGS.items()}
-        closing = {name: tag for tag, name in chat.TAGS.values()}
-        if self.styled:
-            after = PLAIN + "\n" if self.kind != chat.TEXT else ""
-            sys.stdout.write(after + STYLES[kind])
-        else:
-            sys.stdout.write(closing.get(self.kind, "") + opening.get(kind, ""))
-        self.kind = kind
-
-    def end(self) -> None:
-        if not self.as_json:
-            self.change(chat.TEXT)
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-
-
-def prompt_ids(args: argparse.Namespace, control: Control, tokenizer: Any) -> list[int]:
+def prompt_ids(args: argparse.Namespace, control: Control, chosen: Chosen) -> list[int]:
     """The token ids of what --prompt, --system and --raw ask for."""
     prompt = args.prompt
     if prompt is None:
@@ -181,17 +50,10 @@ def prompt_ids(args: argparse.Namespace, control: Control, tokenizer: Any) -> li
             raise InputError("--system has no place without the chat template; leave out --raw")
         if control.tools:
             raise InputError("--tools have no place without the chat template; leave out --raw")
-        return list(tokenizer.encode(prompt))
+        return list(chosen.tokenizer.encode(prompt))
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages = [*system, {"role": "user", "content": prompt}]
-    return chat.render(tokenizer, messages, tools=control.tools)
-
-
-def sampling_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampling:
-    """The checkpoint's sampling with what the command line changes."""
-    defaults = Sampling.of_checkpoint(checkpoint.generation_config)
-    given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
-    return replace(defaults, **{key: value for key, value in given.items() if value is not None})
+    return chat.render(chosen.tokenizer, messages, tools=control.tools, date=chosen.date)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -199,18 +61,11 @@ def parser() -> argparse.ArgumentParser:
         prog="lfm_mlx.generate", description="Answer a prompt.", allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", required=True, help="folder, hub name, or demo")
     add("--prompt", help="the user's message (default: standard input)")
     add("--system", help="the system message")
     add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
     add("--no-show-thinking", action="store_true", help="show the answer only")
     add("--json", action="store_true", help="one JSON object per event on stdout")
-    add("--temp", type=float, dest="temperature", metavar="T", help="0: always the likeliest token")
-    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens; 0: all")
-    add("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this mass")
-    add("--min-p", type=float, metavar="P", help="least probability, relative to the likeliest")
-    add("--repetition-penalty", type=float, metavar="R", help="1: none")
-    add("--seed", type=int, help="the same seed draws the same tokens")
     add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
     add(
         "--lookup",
@@ -224,35 +79,29 @@ def parser() -> argparse.ArgumentParser:
     add("--kv-bits", type=int, choices=BITS, help="quantize keys and values")
     add("--kv-group-size", type=int, metavar="G", help="default: what the head width allows")
     add("--kv-start", type=int, metavar="N", help="quantize once N tokens were read (default 0)")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on a CPU")
-    add("--check", action="store_true", help="refuse weights with NaN or infinity")
-    add("--force", action="store_true", help="load even what does not fit in memory")
     add_options(parser)
+    add_sampling_options(parser)
+    add_model_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.max_tokens < 1:
-        raise InputError(f"--max-tokens is {args.max_tokens}; expected 1 or more")
+    at_least_one(args, "max_tokens")
     control = control_of(args)
-    folder = resolve(args.model)
-    checkpoint = Checkpoint(folder)
-    config = Config.from_dict(checkpoint.config)
-    sampling = sampling_of(args, checkpoint)
-    tokenizer = load_tokenizer(folder)
-    prompt = prompt_ids(args, control, tokenizer)
+    chosen = Chosen(args)
+    config, tokenizer = chosen.config, chosen.tokenizer
+    prompt = prompt_ids(args, control, chosen)
     constraint = control.constraint(tokenizer, config.vocab_size)
     max_tokens = room_for_answer(config, len(prompt), args.max_tokens)
     packing = packing_of(args, config)
     lookup = lookup_of(args, constraint)
     steering = {"constraint": constraint} if lookup is None else {"lookup": lookup}
-    if not args.force:
-        require_room(checkpoint, config, args.dtype, len(prompt) + max_tokens, packing)
-    loading = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
+    packed_bytes = None if packing is None else partial(packing.nbytes, config)
+    chosen.require_room(len(prompt) + max_tokens, packed_bytes)
     with memory.wired_limit():
-        model = load_model(folder, dtype=args.dtype, check=args.check, progress=loading)
-        sampler = Sampler(config.vocab_size, sampling, args.seed)
+        model = chosen.load()
+        sampler = Sampler(config.vocab_size, chosen.sampling, args.seed)
         cache = known_cache(args, model, tokenizer, prompt)
         pack(cache, packing)
         code = answer(
@@ -289,20 +138,8 @@ def known_cache(
     if args.prompt_cache is None:
         return model.make_cache()
     cache = prompt_cache.load_or_new(args.prompt_cache, model, tokenizer)
-    rewind(cache, prompt_cache.common_length(cache, prompt))
+    prompt_cache.rewind_to(cache, prompt)
     return cache
-
-
-def require_room(
-    checkpoint: Checkpoint, config: Config, dtype: str | None, context: int,
-    packing: Packing | None = None,
-) -> None:  # fmt: skip
-    """Raise InputError when weights and cache of `context` tokens cannot fit."""
-    target = as_dtype(dtype)
-    itemsize = target.size if target is not None else 2
-    weight_bytes = loaded_bytes(config, checkpoint.tensors, target)
-    measured = config.cache_bytes if packing is None else partial(packing.nbytes, config)
-    memory.require_room(weight_bytes, measured(context, itemsize), context)
 
 
 def answer(
@@ -344,7 +181,7 @@ def answer(
         bar.close()
     printer.end()
     constraint = options.get("constraint")
-    if control.choices and code == DONE and constraint.begun:
+    if control.choices and code == DONE and constraint is not None and constraint.begun:
         before = [*prompt, *constraint.before_answer]
         print_choices(printer, control, model, tokenizer, cache, before)
     statistics.peak_memory_bytes = memory.peak_bytes()

@@ -1,4 +1,4 @@
-"""Folders that appear whole: a checkpoint is written under a temporary name and then renamed.
+"""Files and folders that appear whole: written under a temporary name, and then renamed.
 
 An interrupted or failed write leaves what was there as it was.
 """
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
@@ -55,6 +55,24 @@ def atomic_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
         raise no_room(error, out) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends, and is removed if it fails.
+
+    Only its owner may read it.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
+    try:
+        with open(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def require_vacant(out: Path, *, force: bool = False) -> None:

@@ -2,8 +2,7 @@
 
     prompt_cache.save("report.cache", cache, model, tokenizer)
     cache = prompt_cache.load("report.cache", model, tokenizer)
-    known = prompt_cache.common_length(cache, prompt)
-    rewind(cache, known)                # then read prompt[known:]
+    unread = prompt_cache.rewind_to(cache, prompt)
 
 The file has what the layers remember, without the room they keep to grow into, and the ids of the
 tokens read, so that it can be rewound. Its metadata name the model and the tokenizer by their
@@ -12,11 +11,9 @@ that is cut short or altered by one bit is not read. Files of mlx-lm's prompt ca
 made with mlx-lm's own model they have no token ids, so there is nothing to compare a prompt with.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,12 +23,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from lfm_mlx.cache import token_log
+from lfm_mlx.cache import rewind, token_log
 from lfm_mlx.command import InputError, one_line
 from lfm_mlx.conv_window import ConvWindow
 from lfm_mlx.keys_values import GrowingKVCache, GrowingQuantizedKVCache
 from lfm_mlx.model import Model
-from lfm_mlx.output import free_bytes
+from lfm_mlx.output import atomic_file, free_bytes
 
 FORMAT = "lfm_mlx prompt cache 1"
 UNSIGNED = "0" * 64
@@ -83,6 +80,13 @@ def common_length(cache: list[Any], prompt: Sequence[int]) -> int:
     return int(differ[0]) if differ.size else len(stored)
 
 
+def rewind_to(cache: list[Any], prompt: Sequence[int]) -> list[int]:
+    """Take the cache back to what `prompt` begins with; returns what of it is left to read."""
+    known = common_length(cache, prompt)
+    rewind(cache, known)
+    return list(prompt[known:])
+
+
 def save(path: str | Path, cache: list[Any], model: Model, tokenizer: Any = None) -> None:
     """Write the cache of one conversation; `path` has the old file or the new one, never a part.
 
@@ -103,7 +107,7 @@ def save(path: str | Path, cache: list[Any], model: Model, tokenizer: Any = None
     try:
         if path.parent.is_dir() and free_bytes(path.parent) < needed:
             raise InputError(f"{path}: needs {needed / 1e9:.1f} GB, more than the disk has left")
-        with replaced(path) as file:
+        with atomic_file(path) as file:
             write_safetensors(file, tensors, metadata)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({one_line(error)})") from error
@@ -136,21 +140,6 @@ def contents(cache: list[Any]) -> Iterator[tuple[str, mx.array]]:
                 parts = stored if isinstance(stored, tuple | list) else [stored]
                 for name, part in zip(PARTS, parts, strict=False):
                     yield f"layers.{index}.{kind}.{name}", part
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends, and is removed if it fails."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.partial-", dir=path.parent)
-    try:
-        with open(descriptor, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
 
 
 def write_safetensors(

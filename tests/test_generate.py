@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from lfm_mlx import generate, memory
+from lfm_mlx import generate, memory, printer
 from lfm_mlx.command import BAD_INPUT, INTERRUPTED, InputError
 from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import load_tokenizer
@@ -77,6 +79,22 @@ def test_a_system_message_enters_the_prompt(capsys: pytest.CaptureFixture[str]) 
     assert system[-1]["finish_reason"] == "length"
 
 
+def test_the_day_that_the_model_is_told_can_be_fixed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "clock"}]', encoding="utf-8")
+    told = []
+    for day in ("2031-02-03", "2031-02-04", "2031-02-03"):
+        cache = tmp_path / f"{len(told)}.cache"
+        events(
+            capsys, "--prompt", "Hi", "--tools", str(tools), "--date", day, "--max-tokens", "1",
+            "--prompt-cache", str(cache),
+        )  # fmt: skip
+        told.append(mx.load(str(cache), format="safetensors")["tokens"].tolist())
+    assert told[0] == told[2] != told[1]
+
+
 def test_raw_continues_the_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = load_tokenizer(DEMO_FOLDER)
     found = events(capsys, "--prompt", SUM, "--raw", "--max-tokens", "3")
@@ -107,6 +125,7 @@ def test_multi_byte_text_streams_whole_characters(capsys: pytest.CaptureFixture[
         (["--prompt", "a", "--temp", "-1"], "temperature is -1.0; expected 0 or more"),
         (["--prompt", "a", "--top-p", "7"], "top_p is 7.0; expected above 0"),
         (["--prompt", "a", "--raw", "--system", "b"], "leave out --raw"),
+        (["--prompt", "a", "--date", "1 May"], "--date is '1 May'; expected YYYY-MM-DD"),
         (["--prompt", "word " * 5000], "reads at most"),
     ],
 )
@@ -141,8 +160,8 @@ def test_a_terminal_sees_dim_thinking() -> None:
     os.close(terminal)
     shown = os.read(master, 65536).decode()
     os.close(master)
-    before, _, answer = shown.partition(generate.PLAIN)
-    assert before.startswith(generate.DIM)
+    before, _, answer = shown.partition(printer.PLAIN)
+    assert before.startswith(printer.DIM)
     assert "think>" not in shown
     assert "85" in answer
     assert b"\r" not in run.stderr, "a progress bar where there is no terminal"

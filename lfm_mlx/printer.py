@@ -1,0 +1,54 @@
+"""Segments of an answer → stdout: styled on a terminal, with their tags in a pipe, or as JSON."""
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from lfm_mlx import chat
+
+DIM, CYAN, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[0m"
+STYLES = {chat.THINKING: DIM, chat.TOOL_CALL: CYAN, chat.TEXT: ""}
+
+
+class Printer:
+    """Writes the segments of one answer as they come, and then its end."""
+
+    def __init__(self, show_thinking: bool, as_json: bool = False):
+        self.show_thinking = show_thinking
+        self.as_json = as_json
+        self.styled = sys.stdout.isatty()
+        self.kind = chat.TEXT
+
+    def event(self, event: str, **content: Any) -> None:
+        print(json.dumps({"event": event} | content, ensure_ascii=False), flush=True)
+
+    def segment(self, segment: chat.Segment) -> None:
+        if segment.kind == chat.THINKING and not self.show_thinking:
+            return
+        if self.as_json:
+            calls = [asdict(call) for call in segment.calls]
+            reason = {"reason": segment.reason} if segment.reason else {}
+            self.event(segment.kind, text=segment.text, **({"calls": calls} if calls else reason))
+            return
+        if segment.begins:
+            self.change(segment.kind)
+        sys.stdout.write(segment.text)
+        sys.stdout.flush()
+
+    def change(self, kind: str) -> None:
+        """Close the block that was being written and open one of this kind."""
+        opening = {name: tag for tag, (_, name) in chat.TAGS.items()}
+        closing = {name: tag for tag, name in chat.TAGS.values()}
+        if self.styled:
+            after = PLAIN + "\n" if self.kind != chat.TEXT else ""
+            sys.stdout.write(after + STYLES[kind])
+        else:
+            sys.stdout.write(closing.get(self.kind, "") + opening.get(kind, ""))
+        self.kind = kind
+
+    def end(self) -> None:
+        if not self.as_json:
+            self.change(chat.TEXT)
+            sys.stdout.write("\n")
+            sys.stdout.flush()
