@@ -2,7 +2,7 @@
 
 The next step is handed to the device before the current token is read, so that the device never
 waits for Python. Once keys and values are large it is only built by then: MLX writes into them in
-place when nothing that runs still reads them, and copies them whole otherwise.
+place where no step under way still reads them, and copies them whole where one does.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -22,8 +22,8 @@ from lfm_mlx.sample import Sampler
 PREFILL_CHUNK = 2048
 # How often buffers that MLX keeps for reuse are given back while decoding.
 CLEAR_EVERY = 256
-# From this size on keys and values are not copied at every token for the sake of a full queue.
-LARGE_BYTES = 64 << 20
+# From this size on a copy of keys and values would cost more than a device that waits for Python.
+LARGE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def test_growing_again_after_a_rewind_keeps_every_token(seed: int, kept: int) ->
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(
-    ("length", "stored", "tile"), [(7, 7, 1 << 8), (5, 61, 1 << 10), (33, 100, 3000), (300, 301, 1)]
+    ("length", "stored", "tile"),
+    [(7, 7, 1 << 8), (5, 61, 1 << 10), (33, 100, 3000), (40, 300, 1 << 12)],
 )
 def test_attention_in_tiles_equals_attention_in_one(
     monkeypatch: pytest.MonkeyPatch, length: int, stored: int, tile: int, bits: int | None
