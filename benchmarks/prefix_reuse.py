@@ -15,6 +15,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from lfm_mlx.command import InputError, run
+from lfm_mlx.convert import convert
 from lfm_mlx.hub import resolve
-from lfm_mlx.load import load_tokenizer
+from lfm_mlx.kernels import metal
+from lfm_mlx.load import load_tokenizer, open_checkpoint
 
 SERVERS = {
     "lfm_mlx": ("-m", "lfm_mlx.mlx_lm", "server"),
@@ -138,11 +141,24 @@ def measure(name: str, folder: Path, remembering: bool = True) -> dict[str, dict
     return found
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def runnable(folder: Path) -> Iterator[Path]:
+    """The model, on a CPU in float32: there mlx-lm's class multiplies no other floating experts."""
+    if metal.available() or open_checkpoint(folder)[1].quantization is not None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "float32"
+        convert(folder, copy, dtype="float32")
+        yield copy
+
+
+def rows(model: Path) -> list[dict[str, Any]]:
     """For each edit: the prompt, what it shares with the conversation, and what was cached."""
-    tokenizer = load_tokenizer(folder)
-    found = {name: measure(name, folder) for name in SERVERS}
-    wanted = measure("lfm_mlx", folder, remembering=False)
+    tokenizer = load_tokenizer(model)
+    with runnable(model) as folder:
+        found = {name: measure(name, folder) for name in SERVERS}
+        wanted = measure("lfm_mlx", folder, remembering=False)
     return [
         {
             "edit": title,
