@@ -21,6 +21,7 @@ from lfm_mlx.checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, lis
 from lfm_mlx.command import InputError, one_line
 from lfm_mlx.config import Config
 from lfm_mlx.hub import resolve
+from lfm_mlx.kernels.metal import UseKernels
 from lfm_mlx.model import Model
 
 log = logging.getLogger("lfm_mlx")
@@ -31,29 +32,31 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 def load(
     path_or_repo: str | Path, *, dtype: str | mx.Dtype | None = None, check: bool = False,
-    progress: weights.Progress = iter,
+    use_kernels: UseKernels = None, progress: weights.Progress = iter,
 ) -> tuple[Model, TokenizerWrapper]:  # fmt: skip
     """The model and its tokenizer, from a folder, a hub name, or `demo`.
 
     dtype: of activations and floating weights; None keeps the checkpoint's on a GPU and is float32
         on the CPU, where MLX computes half precision many times slower
     check: read every weight for NaN and infinity first
+    use_kernels: True, False, or names: which operations run their Metal kernels, where Metal is
+        there; None takes what the environment's LFM_MLX_KERNELS says, and all without it
     progress: wraps the list of parameters that are read
 
     Raises InputError for whatever is wrong with the name or the folder.
     """
     folder = resolve(path_or_repo)
-    model = load_model(folder, dtype=dtype, check=check, progress=progress)
+    model = load_model(folder, dtype=dtype, check=check, use_kernels=use_kernels, progress=progress)
     return model, load_tokenizer(folder)
 
 
 def load_model(
     folder: str | Path, *, dtype: str | mx.Dtype | None = None, check: bool = False,
-    progress: weights.Progress = iter,
+    use_kernels: UseKernels = None, progress: weights.Progress = iter,
 ) -> Model:  # fmt: skip
     """The model of a checkpoint folder, weights in place, quantized or not; options as `load`."""
     checkpoint, config = open_checkpoint(folder)
-    model = Model(config)
+    model = Model(config, use_kernels)
     tensors = checkpoint.tensors
     published = partial(weights.published_name, config)
     if config.quantization is not None:

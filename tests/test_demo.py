@@ -55,8 +55,8 @@ def test_every_expert_is_used(demo: Model) -> None:
     h = demo.model.embed_tokens(mx.array(tokens)[None])
     for index, layer in enumerate(demo.layers):
         if config.is_sparse(index):
-            middle = h + layer.operator(layer.operator_norm(h), "causal", None)
-            chosen, _ = layer.feed_forward.route(layer.ffn_norm(middle))
+            middle = layer.operator(h, "causal", None)
+            _, chosen, _ = layer.feed_forward.route(middle, layer.ffn_norm)
             assert set(np.array(chosen).flatten()) == set(range(config.num_experts))
         h = layer(h, "causal", None)
 

@@ -40,6 +40,7 @@ RANKS = {
     "choice_scores": 6,
     "prompt_cache": 6,
     "chat": 7,
+    "chat.__main__": 11,
     "chat.*": 7,
     "convert": 7,
     "control": 8,
@@ -50,12 +51,16 @@ RANKS = {
     "printer": 8,
     "model_options": 8,
     "generate": 10,
+    "terminal": 10,
+    "terminal.*": 10,
     "server": 10,
     "": 11,
     "__main__": 12,
 }
 # Rooms whose purpose is to meet mlx-lm.
-MEET_MLX_LM = {"cache", "keys_values", "load", "sample", "model.experts", "mlx_lm", "server"}
+MEET_MLX_LM = {
+    "cache", "keys_values", "load", "sample", "model.experts", "model.linear", "mlx_lm", "server"
+}  # fmt: skip
 NEVER_IMPORTED = {"transformers", "torch", "tensorflow", "jax"}
 
 

@@ -4,15 +4,18 @@
 
 The kernels are two launches: gate and up with SwiGLU, reading x once; then down, the weighted sum
 and the residual. Sums are float32, and round once at the end of each launch. They win while tokens
-share few experts; beyond, sorting by expert reads each expert once, as in model/experts.py. Limits:
-at most 8 tokens and 16 experts a token; float32, float16 or bfloat16; weights dense in x's dtype,
+share few experts; beyond, the operations sort by expert, and each expert is read once. Limits: at
+most 8 tokens and 16 experts a token; float32, float16 or bfloat16; weights dense in x's dtype,
 or affine of 4, 5, 6 or 8 bits where MLX's own helpers are installed.
 """
+
+from collections.abc import Callable
 
 import mlx.core as mx
 
 from lfm_mlx.kernels import metal
 from lfm_mlx.kernels.matrix import MIN_SIZE, Matrix
+from lfm_mlx.kernels.projection import silu_times
 
 MAX_TOKENS = 8
 MAX_EXPERTS_PER_TOKEN = 16
@@ -21,6 +24,11 @@ ROWS = 4
 FEATURES = ROWS // 2
 # Simdgroups in a threadgroup of the first launch: they share nothing.
 SIMDGROUPS = 2
+# From this many (token, expert) pairs on, sorting them by expert pays.
+SORTED_FROM = 64
+
+# A product of rows with the matrices that indices name; the last says whether these are sorted.
+Product = Callable[[mx.array, mx.array, bool], mx.array]
 
 
 def experts(
@@ -57,12 +65,30 @@ def experts_reference(
     residual: mx.array | None = None,
 ) -> mx.array:
     """`experts` in MLX operations."""
-    rows = x[..., None, None, :]  # [..., 1, 1, D]
-    gated = gate.chosen_times(rows, indices)  # [..., K, 1, F]
-    h = gated * mx.sigmoid(gated) * up.chosen_times(rows, indices)
-    y = down.chosen_times(h, indices).squeeze(-2)  # [..., K, D]
+    y = through_chosen(x, indices, gate.chosen_times, up.chosen_times, down.chosen_times)
     y = (y * weights[..., None]).sum(axis=-2)
     return y if residual is None else residual + y
+
+
+def through_chosen(
+    x: mx.array, indices: mx.array, gate: Product, up: Product, down: Product
+) -> mx.array:
+    """Each token through each of the experts chosen for it, sorted by expert when there are many.
+
+    Shapes: x [..., D], indices [..., K], returns [..., K, D]
+    """
+
+    def feed_forward(rows: mx.array, chosen: mx.array, in_order: bool) -> mx.array:
+        h = silu_times(gate(rows, chosen, in_order), up(rows, chosen, in_order))
+        return down(h, chosen, in_order)
+
+    if indices.size < SORTED_FROM:
+        return feed_forward(x[..., None, None, :], indices, False).squeeze(-2)
+    flat = indices.flatten()  # [tokens K]
+    order = mx.argsort(flat)
+    rows = x.reshape(-1, 1, x.shape[-1])[order // indices.shape[-1]]
+    y = feed_forward(rows, flat[order], True)
+    return y[mx.argsort(order)].reshape(*indices.shape, -1)
 
 
 def _refusal(
@@ -83,14 +109,15 @@ def _refusal(
     activations = (x, weights) if residual is None else (x, weights, residual)
     if any(array.dtype != x.dtype for array in activations) or x.dtype not in metal.DTYPES:
         return "they take activations of one dtype, float32, float16 or bfloat16"
-    if gate.constants() != up.constants():
-        return "gate and up are packed differently"
     if down.shape[-1] < MIN_SIZE:
         return f"they take {MIN_SIZE} features or more, got {down.shape[-1]}"
     packed = gate.scales is not None or down.scales is not None
     if packed and not metal.weight_reader(True):
         return "MLX's Metal helpers for packed weights are not installed"
-    return next(filter(None, (matrix.refusal(x.dtype) for matrix in (gate, up, down))), None)
+    unreadable = next(filter(None, (m.refusal(x.dtype) for m in (gate, up, down))), None)
+    if unreadable is None and gate.constants() != up.constants():
+        return "gate and up are packed differently"
+    return unreadable
 
 
 def _experts_metal(

@@ -44,7 +44,9 @@ class Matrix(NamedTuple):
             mode=self.mode,
         )
 
-    def chosen_times(self, x: mx.array, indices: mx.array) -> mx.array:
+    def chosen_times(
+        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
+    ) -> mx.array:
         """Each row of x through the matrix of the stack that its index names.
 
         Shapes:
@@ -57,12 +59,23 @@ class Matrix(NamedTuple):
                 group_size=self.group_size,
                 bits=self.bits,
                 mode=self.mode,
+                sorted_indices=sorted_indices,
             )
-        if x.dtype == mx.float32 or mx.default_device() == mx.Device(mx.gpu):
-            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=indices)
+        transposed = self.weight.swapaxes(-1, -2)
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        if self.weight.dtype == x.dtype and (x.dtype == mx.float32 or on_gpu):
+            return mx.gather_mm(x, transposed, rhs_indices=indices, sorted_indices=sorted_indices)
         # The CPU's gathered product knows float32 alone: widen what this call reads, no more.
-        chosen = self.weight[indices].astype(mx.float32).swapaxes(-1, -2)
-        return (x.astype(mx.float32) @ chosen).astype(x.dtype)
+        wide = x.astype(mx.float32)
+        if indices.size < self.weight.shape[0]:
+            product = wide @ transposed[indices].astype(mx.float32)
+        else:
+            product = mx.gather_mm(
+                *(wide, transposed.astype(mx.float32)),
+                rhs_indices=indices,
+                sorted_indices=sorted_indices,
+            )
+        return product.astype(x.dtype)
 
     def refusal(self, dtype: mx.Dtype) -> str | None:
         """Why no kernel can read this matrix for activations of `dtype`, None when one can."""

@@ -3,13 +3,14 @@
 A kernel's text is the body of a Metal function, in the .metal file beside its Python face; MLX
 writes the signature around it from the arrays it is called with. Sizes and dtypes come in as
 template constants, floats as scalar inputs. MLX's defaults hold: inputs are made row-contiguous,
-and Metal's math mode is `safe`. LFM_MLX_KERNELS=off|all|name,name says which kernels run unasked.
+and Metal's math mode is `safe`. LFM_MLX_KERNELS=off|all|name,name says which kernels a model runs
+that was not told otherwise.
 """
 
 import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from lfm_mlx.command import InputError
 
 VARIABLE = "LFM_MLX_KERNELS"
 OPERATIONS = ("short_conv", "norm_router", "qk_norm_rope", "projection", "experts")
+# The operations that may run their kernels.
+Kernels = frozenset[str]
+NO_KERNELS: Kernels = frozenset()
+# How a person says it: all or none, a text as in LFM_MLX_KERNELS, names; None for what that says.
+UseKernels = bool | str | Collection[str] | None
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 SIMD_WIDTH = 32
 # The heads of MLX's functions as the kernels call them, and their bodies up to the closing brace.
@@ -41,11 +47,11 @@ def available() -> bool:
 def choose(operation: str, use_kernel: bool | None, refusal: str | None) -> bool:
     """Whether `operation` runs its kernel; `refusal` says why these inputs do not suit it.
 
-    None: the kernel wherever it can run and the environment allows it. Raises RuntimeError with the
-    reason when the kernel was asked for and cannot run.
+    None: the kernel wherever it can run. Raises RuntimeError with the reason when the kernel was
+    asked for and cannot run.
     """
     if use_kernel is None:
-        return refusal is None and available() and operation in allowed()
+        return refusal is None and available()
     if use_kernel and not available():
         refusal = "arrays are not computed by Metal here"
     if use_kernel and refusal is not None:
@@ -53,19 +59,35 @@ def choose(operation: str, use_kernel: bool | None, refusal: str | None) -> bool
     return use_kernel
 
 
-def allowed() -> frozenset[str]:
-    """The operations whose kernels the environment lets run unasked."""
-    return _parse(os.environ.get(VARIABLE, "all"))
+def among(kernels: Kernels, operation: str) -> bool | None:
+    """`use_kernel` for an operation, where `kernels` may run."""
+    return None if operation in kernels else False
+
+
+def chosen(use_kernels: UseKernels = None) -> Kernels:
+    """The operations whose kernels may run.
+
+    use_kernels: True for all, False for none, names, or a text as in LFM_MLX_KERNELS; None takes
+        what that variable says, and all where it is not set
+
+    Raises InputError for a name that is no operation's.
+    """
+    if use_kernels is None:
+        return _parse(os.environ.get(VARIABLE, "all"), f"{VARIABLE} is ")
+    if isinstance(use_kernels, bool):
+        return frozenset(OPERATIONS) if use_kernels else NO_KERNELS
+    setting = use_kernels if isinstance(use_kernels, str) else ",".join(use_kernels)
+    return _parse(setting or "off", "kernels are ")
 
 
 @functools.cache
-def _parse(setting: str) -> frozenset[str]:
+def _parse(setting: str, subject: str) -> Kernels:
     if setting in ("", "all", "off"):
-        return frozenset() if setting == "off" else frozenset(OPERATIONS)
+        return NO_KERNELS if setting == "off" else frozenset(OPERATIONS)
     names = frozenset(name.strip() for name in setting.split(","))
     if names - set(OPERATIONS):
         raise InputError(
-            f"{VARIABLE} is {setting!r}; expected off, all, or names of {', '.join(OPERATIONS)}"
+            f"{subject}{setting!r}; expected off, all, or names of {', '.join(OPERATIONS)}"
         )
     return names
 

@@ -10,6 +10,8 @@ operation, which is one launch too. Limits: at most 8 tokens; float32, float16 o
 dense in x's dtype, or affine of 4, 5, 6 or 8 bits where MLX's own helpers are installed.
 """
 
+from functools import partial
+
 import mlx.core as mx
 
 from lfm_mlx.kernels import metal
@@ -49,6 +51,12 @@ def projection(
     return run(x, matrix, norm_weight=norm_weight, eps=eps, swiglu=swiglu, residual=residual)
 
 
+@partial(mx.compile, shapeless=True)
+def silu_times(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, elementwise, in one launch."""
+    return gate * mx.sigmoid(gate) * up
+
+
 def projection_reference(
     x: mx.array,
     matrix: Matrix,
@@ -61,8 +69,7 @@ def projection_reference(
     """`projection` in MLX operations."""
     y = matrix.times(x if norm_weight is None else mx.fast.rms_norm(x, norm_weight, eps))
     if swiglu:
-        gate, up = mx.split(y, 2, axis=-1)
-        y = gate * mx.sigmoid(gate) * up
+        y = silu_times(*mx.split(y, 2, axis=-1))
     return y if residual is None else residual + y
 
 

@@ -6,7 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from lfm_mlx.config import Config
+from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, among
+from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
 from lfm_mlx.keys_values import attend
+from lfm_mlx.model.linear import Merged, project, project_matrix
 
 
 class Attention(nn.Module):
@@ -22,25 +25,51 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(self.num_heads * head_dim, width, bias=False)
         self.q_layernorm = nn.RMSNorm(head_dim, eps=config.norm_eps)
         self.k_layernorm = nn.RMSNorm(head_dim, eps=config.norm_eps)
+        self.merged = Merged("q_proj", "k_proj", "v_proj")
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any | None) -> mx.array:
-        """Shapes: x [B, L, D], returns [B, L, D]."""
-        batch, length, _ = x.shape
-        heads = (batch, length, -1, self.q_layernorm.weight.shape[0])  # [B, L, H, Dh]
-        queries = self.q_layernorm(self.q_proj(x).reshape(heads)).swapaxes(1, 2)  # [B, H, L, Dh]
-        keys = self.k_layernorm(self.k_proj(x).reshape(heads)).swapaxes(1, 2)
-        values = self.v_proj(x).reshape(heads).swapaxes(1, 2)
+    def __call__(
+        self,
+        x: mx.array,
+        norm: nn.RMSNorm,
+        mask: Any,
+        cache: Any | None,
+        kernels: Kernels = NO_KERNELS,
+    ) -> mx.array:
+        """x + the attention of norm(x). Shapes: x [B, L, D], returns [B, L, D]."""
         offset = 0 if cache is None else cache.offset
-        queries, keys = self.rotate(queries, offset), self.rotate(keys, offset)
+        queries, keys, values = self.before(x, norm, offset, kernels)
+        return self.after(self.attend(queries, keys, values, mask, cache), x, kernels)
+
+    def before(
+        self, x: mx.array, norm: nn.RMSNorm, offset: int | mx.array, kernels: Kernels
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries [B, H, L, Dh], keys and values [B, Hkv, L, Dh], from position `offset` on."""
+        whole = self.merged.matrix(self)
+        if whole is not None:
+            qkv = project_matrix(x, whole, norm, kernels=kernels)
+        else:
+            normed = norm(x)
+            parts = [self.q_proj(normed), self.k_proj(normed), self.v_proj(normed)]
+            qkv = mx.concatenate(parts, axis=-1)
+        return qk_norm_rope(
+            *(qkv, self.q_layernorm.weight, self.k_layernorm.weight),
+            *(self.num_heads, self.num_kv_heads),
+            eps=self.q_layernorm.eps,
+            base=self.rope_theta,
+            offset=offset,
+            use_kernel=among(kernels, "qk_norm_rope"),
+        )
+
+    def attend(
+        self, queries: mx.array, keys: Any, values: Any, mask: Any, cache: Any | None
+    ) -> mx.array:
+        """Store keys and values, and mix all that are stored; returns [B, L, H Dh]."""
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        scale = self.q_layernorm.weight.shape[0] ** -0.5
-        attended = attend(queries, keys, values, cache, mask, scale)
-        return self.out_proj(attended.swapaxes(1, 2).reshape(batch, length, -1))
+        batch, _, length, head_dim = queries.shape
+        attended = attend(queries, keys, values, cache, mask, head_dim**-0.5)
+        return attended.swapaxes(1, 2).reshape(batch, length, -1)
 
-    def rotate(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        """RoPE over the whole head in halves, from position `offset` (one, or one a row)."""
-        width = x.shape[-1]
-        return mx.fast.rope(
-            x, width, traditional=False, base=self.rope_theta, scale=1.0, offset=offset
-        )
+    def after(self, attended: mx.array, x: mx.array, kernels: Kernels) -> mx.array:
+        """x + the projection of what was attended to."""
+        return project(attended, self.out_proj, residual=x, kernels=kernels)

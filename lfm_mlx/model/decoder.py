@@ -12,11 +12,16 @@ from lfm_mlx import quantize, weights
 from lfm_mlx.cache import log_tokens, make_cache, restore_windows
 from lfm_mlx.checkpoint import TensorInfo
 from lfm_mlx.config import Config
+from lfm_mlx.kernels import metal
+from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, UseKernels
+from lfm_mlx.kernels.self_check import working
 from lfm_mlx.keys_values import attention_mask
 from lfm_mlx.model.attention import Attention
 from lfm_mlx.model.experts import SparseFeedForward
 from lfm_mlx.model.feed_forward import FeedForward
+from lfm_mlx.model.linear import matrix_of, project, project_matrix
 from lfm_mlx.model.short_conv import ShortConv
+from lfm_mlx.model.step import CompiledStep, is_step
 
 
 class Layer(nn.Module):
@@ -36,14 +41,19 @@ class Layer(nn.Module):
             SparseFeedForward(config) if sparse else FeedForward(width, config.intermediate_size)
         )
 
-    def __call__(self, x: mx.array, mask: Any, cache: Any | None) -> mx.array:
-        h = x + self.operator(self.operator_norm(x), mask, cache)
-        return h + self.feed_forward(self.ffn_norm(h))
+    def __call__(
+        self, x: mx.array, mask: Any, cache: Any | None, kernels: Kernels = NO_KERNELS
+    ) -> mx.array:
+        """Shapes: x [B, L, D], returns [B, L, D]."""
+        return self.feed_forward(self.operator(x, mask, cache, kernels), self.ffn_norm, kernels)
 
-    def operator(self, x: mx.array, mask: Any, cache: Any | None) -> mx.array:
+    def operator(
+        self, x: mx.array, mask: Any, cache: Any | None, kernels: Kernels = NO_KERNELS
+    ) -> mx.array:
+        """x and what attention or convolution add to it."""
         if "self_attn" in self:
-            return self.self_attn(x, mask, cache)
-        return self.conv(x, cache)
+            return self.self_attn(x, self.operator_norm, mask, cache, kernels)
+        return self.conv(x, self.operator_norm, cache, kernels)
 
 
 class Decoder(nn.Module):
@@ -57,24 +67,39 @@ class Decoder(nn.Module):
         types = enumerate(config.layer_types)
         self.first_attention = next((i for i, _ in types if config.is_attention(i)), None)
 
-    def __call__(self, h: mx.array, cache: Sequence[Any] | None) -> mx.array:
-        """Shapes: h [B, L, D], returns [B, L, D]."""
+    def __call__(
+        self, h: mx.array, cache: Sequence[Any] | None, kernels: Kernels = NO_KERNELS
+    ) -> mx.array:
+        """What the head reads, normed. Shapes: h [B, L, D], returns [B, L, D]."""
+        return self.embedding_norm(self.through_layers(h, cache, kernels))
+
+    def through_layers(
+        self, h: mx.array, cache: Sequence[Any] | None, kernels: Kernels
+    ) -> mx.array:
         caches = cache if cache is not None else [None] * len(self.layers)
         mask = None
         if self.first_attention is not None:
             mask = attention_mask(caches[self.first_attention], h.shape[1])
         for layer, layer_cache in zip(self.layers, caches, strict=True):
-            h = layer(h, mask, layer_cache)
-        return self.embedding_norm(h)
+            h = layer(h, mask, layer_cache, kernels)
+        return h
 
 
 class Model(nn.Module):
-    """LFM2 and LFM2-MoE as a causal language model."""
+    """LFM2 and LFM2-MoE as a causal language model.
 
-    def __init__(self, config: Config):
+    use_kernels: which operations run their Metal kernels where Metal is there; see `metal.chosen`.
+        Kernels have no gradients: in training mode none runs
+    compile_step: whether one more token runs through compiled functions; None: on a GPU
+    """
+
+    def __init__(self, config: Config, use_kernels: UseKernels = None):
         super().__init__()
         self.config = config
         self.model_type = config.model_type
+        self.kernels = metal.chosen(use_kernels)
+        self.compile_step: bool | None = None
+        self.step: CompiledStep | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -94,12 +119,40 @@ class Model(nn.Module):
         if cache is not None:
             restore_windows(cache, self.config.conv_memory, self._replay)
             log_tokens(cache, tokens if input_embeddings is None else None)
+        kernels = self.running_kernels()
+        plain = input_embeddings is None and self.compiles()
+        if cache is not None and plain and is_step(tokens, cache):
+            return self.compiled_step(kernels)(tokens, cache)
         h = self.model.embed_tokens(tokens) if input_embeddings is None else input_embeddings
-        h = self.model(h, cache)
-        return self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
+        return self.head(self.model.through_layers(h, cache, kernels), kernels)
+
+    def head(self, h: mx.array, kernels: Kernels) -> mx.array:
+        """Logits [B, L, V] of the last layer's output [B, L, D]."""
+        norm, embedding = self.model.embedding_norm, self.model.embed_tokens
+        if "lm_head" in self:
+            return project(h, self.lm_head, norm, kernels=kernels)
+        matrix = matrix_of(embedding)
+        if matrix is None:
+            return embedding.as_linear(norm(h))
+        return project_matrix(h, matrix, norm, kernels=kernels)
+
+    def running_kernels(self) -> Kernels:
+        """The operations whose kernels may run now."""
+        return NO_KERNELS if self.training or not metal.available() else working(self.kernels)
+
+    def compiles(self) -> bool:
+        """Whether a decode step is compiled; on a CPU that takes longer than it saves."""
+        return metal.available() if self.compile_step is None else self.compile_step
+
+    def compiled_step(self, kernels: Kernels) -> CompiledStep:
+        """The decode step for the weights that there are now."""
+        if self.step is None or not self.step.suits(self, kernels):
+            self.step = CompiledStep(self, kernels)
+        return self.step
 
     def _replay(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
-        return self.model(self.model.embed_tokens(tokens), cache)
+        h = self.model.embed_tokens(tokens)
+        return self.model.through_layers(h, cache, self.running_kernels())
 
     @property
     def layers(self) -> list[Layer]:
@@ -108,6 +161,23 @@ class Model(nn.Module):
     def make_cache(self, left_padding: Sequence[int] | None = None) -> list[Any]:
         """An empty cache, for one sequence or for a batch padded by [B] columns on the left."""
         return make_cache(self.config, left_padding)
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> "Model":
+        """nn.Module's; afterwards projections that share their input are one matrix."""
+        super().load_weights(*args, **kwargs)
+        self.merge_projections()
+        return self
+
+    def set_dtype(self, *args: Any, **kwargs: Any) -> None:
+        """nn.Module's; afterwards projections that share their input are one matrix."""
+        super().set_dtype(*args, **kwargs)
+        self.merge_projections()
+
+    def merge_projections(self) -> None:
+        """Lay the weights of projections that share their input side by side, as views of one."""
+        for module in self.modules():
+            if isinstance(module, (Attention, FeedForward)):
+                module.merged.merge(module)
 
     def sanitize(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """mlx-lm's hook: a checkpoint's tensors, in any spelling, as this model's parameters."""

@@ -9,11 +9,11 @@ import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
 
 from lfm_mlx.config import Config
-from lfm_mlx.kernels.router import router
-from lfm_mlx.model.feed_forward import swiglu
-
-# From this many (token, expert) pairs on, sorting them by expert pays: each expert is read once.
-SORTED_FROM = 64
+from lfm_mlx.kernels.experts import experts, through_chosen
+from lfm_mlx.kernels.matrix import Matrix
+from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, among
+from lfm_mlx.kernels.router import norm_router, router
+from lfm_mlx.model.linear import matrix_of
 
 
 class ExpertLinear(SwitchLinear):
@@ -28,23 +28,7 @@ class ExpertLinear(SwitchLinear):
         Shapes:
             x: [..., 1, in], broadcast against indices · indices: [...], returns [..., 1, out]
         """
-        weight = self.weight
-        if weight.dtype == x.dtype and (x.dtype == mx.float32 or on_gpu()):
-            return super().__call__(x, indices, sorted_indices)
-        # The CPU's gathered product knows float32 alone: widen what this call reads, no more.
-        if indices.size < weight.shape[0]:
-            chosen = weight[indices].astype(mx.float32)  # [..., out, in]
-            product = x.astype(mx.float32) @ chosen.swapaxes(-1, -2)
-        else:
-            wide = weight.astype(mx.float32).swapaxes(-1, -2)
-            product = mx.gather_mm(
-                x.astype(mx.float32), wide, rhs_indices=indices, sorted_indices=sorted_indices
-            )
-        return product.astype(x.dtype)
-
-
-def on_gpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.gpu
+        return Matrix(self.weight).chosen_times(x, indices, sorted_indices)
 
 
 class Experts(nn.Module):
@@ -56,20 +40,25 @@ class Experts(nn.Module):
         self.up_proj = ExpertLinear(width, inner, num_experts)
         self.down_proj = ExpertLinear(inner, width, num_experts)
 
-    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Shapes: x [B, L, D], indices [B, L, K], returns [B, L, K, D]."""
-        if indices.size < SORTED_FROM:
-            return self._project(x[..., None, None, :], indices, False).squeeze(-2)
-        flat = indices.flatten()  # [B*L*K]
-        order = mx.argsort(flat)
-        tokens = x.reshape(-1, 1, x.shape[-1])[order // indices.shape[-1]]  # [B*L*K, 1, D]
-        y = self._project(tokens, flat[order], True)
-        return y[mx.argsort(order)].reshape(*indices.shape, -1)
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        weights: mx.array,
+        residual: mx.array,
+        kernels: Kernels = NO_KERNELS,
+    ) -> mx.array:
+        """residual + the chosen experts' weighted sum.
 
-    def _project(self, x: mx.array, indices: mx.array, in_order: bool) -> mx.array:
-        gate = self.gate_proj(x, indices, sorted_indices=in_order)
-        up = self.up_proj(x, indices, sorted_indices=in_order)
-        return self.down_proj(swiglu(gate, up), indices, sorted_indices=in_order)
+        Shapes: x and residual [B, L, D], indices and weights [B, L, K], returns [B, L, D]
+        """
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        gate, up, down = map(matrix_of, projections)
+        if gate is not None and up is not None and down is not None:
+            use = among(kernels, "experts")
+            return experts(x, indices, weights, gate, up, down, residual, use_kernel=use)
+        y = through_chosen(x, indices, *projections)
+        return residual + (y * weights[..., None]).sum(axis=-2)
 
 
 class SparseFeedForward(nn.Module):
@@ -84,14 +73,23 @@ class SparseFeedForward(nn.Module):
         if config.use_expert_bias:
             self.expert_bias = mx.zeros((num_experts,), mx.float32)
 
-    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """The experts chosen for each token and their weights, [B, L, K] each."""
-        bias = self.expert_bias if "expert_bias" in self else None
-        return router(
-            self.gate(x), bias, self.experts_per_token, normalize=self.normalize, scale=self.scale
+    def route(
+        self, x: mx.array, norm: nn.RMSNorm, kernels: Kernels = NO_KERNELS
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """norm(x) [B, L, D], the experts chosen for it and their weights, [B, L, K] each."""
+        bias = self.get("expert_bias")
+        options = {"normalize": self.normalize, "scale": self.scale}
+        gate = matrix_of(self.gate)
+        if gate is None or gate.scales is not None:
+            normed = norm(x)
+            return normed, *router(self.gate(normed), bias, self.experts_per_token, **options)
+        return norm_router(
+            *(x, norm.weight, norm.eps, gate.weight, bias, self.experts_per_token),
+            **options,
+            use_kernel=among(kernels, "norm_router"),
         )
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Shapes: x [B, L, D], returns [B, L, D]."""
-        indices, weights = self.route(x)
-        return (self.switch_mlp(x, indices) * weights[..., None]).sum(axis=-2)
+    def __call__(self, x: mx.array, norm: nn.RMSNorm, kernels: Kernels = NO_KERNELS) -> mx.array:
+        """x + the chosen experts of norm(x). Shapes: x [B, L, D], returns [B, L, D]."""
+        normed, indices, weights = self.route(x, norm, kernels)
+        return self.switch_mlp(normed, indices, weights, x, kernels)

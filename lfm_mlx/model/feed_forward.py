@@ -1,15 +1,11 @@
 """The dense feed-forward of the first layers: down(silu(gate(x)) * up(x))."""
 
-from functools import partial
-
 import mlx.core as mx
 import mlx.nn as nn
 
-
-@partial(mx.compile, shapeless=True)
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up, elementwise, in one launch."""
-    return nn.silu(gate) * up
+from lfm_mlx.kernels.metal import NO_KERNELS, Kernels
+from lfm_mlx.kernels.projection import silu_times
+from lfm_mlx.model.linear import Merged, project, project_matrix
 
 
 class FeedForward(nn.Module):
@@ -18,7 +14,14 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
+        self.merged = Merged("gate_proj", "up_proj")
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Shapes: x [B, L, D], returns [B, L, D]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def __call__(self, x: mx.array, norm: nn.RMSNorm, kernels: Kernels = NO_KERNELS) -> mx.array:
+        """x + the feed-forward of norm(x). Shapes: x [B, L, D], returns [B, L, D]."""
+        both = self.merged.matrix(self)
+        if both is not None:
+            h = project_matrix(x, both, norm, swiglu=True, kernels=kernels)
+        else:
+            normed = norm(x)
+            h = silu_times(self.gate_proj(normed), self.up_proj(normed))
+        return project(h, self.down_proj, residual=x, kernels=kernels)

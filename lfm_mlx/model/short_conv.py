@@ -5,7 +5,9 @@ import mlx.nn as nn
 
 from lfm_mlx.config import Config
 from lfm_mlx.conv_window import KEPT_COLUMNS, ConvWindow
+from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, among
 from lfm_mlx.kernels.short_conv import short_conv
+from lfm_mlx.model.linear import project
 
 
 class ShortConv(nn.Module):
@@ -16,17 +18,45 @@ class ShortConv(nn.Module):
         self.conv = nn.Conv1d(width, width, config.conv_L_cache, groups=width, bias=bias)
         self.out_proj = nn.Linear(width, width, bias=bias)
 
-    def __call__(self, x: mx.array, cache: ConvWindow | None) -> mx.array:
-        """Shapes: x [B, L, D], returns [B, L, D]."""
-        taps = self.conv.weight.squeeze(-1)  # [D, W, 1] -> [D, W]
-        bias = self.conv.bias if "bias" in self.conv else None
-        bcx = self.in_proj(x)
+    def __call__(
+        self,
+        x: mx.array,
+        norm: nn.RMSNorm,
+        cache: ConvWindow | None,
+        kernels: Kernels = NO_KERNELS,
+    ) -> mx.array:
+        """x + the convolution of norm(x). Shapes: x [B, L, D], returns [B, L, D]."""
+        bcx = project(x, self.in_proj, norm, kernels=kernels)
         if cache is None:
-            return self.out_proj(short_conv(bcx, taps, bias)[0])
+            return self.after(self.convolve(bcx, kernels=kernels)[0], x, kernels)
         start, stop = cache.bounds()
-        y, window = short_conv(bcx, taps, bias, cache.window, start, stop)
+        y, window = self.convolve(bcx, cache.window, start, stop, kernels)
         cache.advance(window, x.shape[1], last_columns(bcx) if x.shape[1] > 1 else None)
-        return self.out_proj(y)
+        return self.after(y, x, kernels)
+
+    def step(
+        self, x: mx.array, norm: nn.RMSNorm, window: mx.array, kernels: Kernels
+    ) -> tuple[mx.array, mx.array]:
+        """One more token [B, 1, D] after `window`, as a function: what follows x, next window."""
+        bcx = project(x, self.in_proj, norm, kernels=kernels)
+        y, window = self.convolve(bcx, window, kernels=kernels)
+        return self.after(y, x, kernels), window
+
+    def convolve(
+        self,
+        bcx: mx.array,
+        window: mx.array | None = None,
+        start: mx.array | None = None,
+        stop: mx.array | None = None,
+        kernels: Kernels = NO_KERNELS,
+    ) -> tuple[mx.array, mx.array]:
+        taps = self.conv.weight.squeeze(-1)  # [D, W, 1] -> [D, W]
+        use = among(kernels, "short_conv")
+        return short_conv(bcx, taps, self.conv.get("bias"), window, start, stop, use_kernel=use)
+
+    def after(self, y: mx.array, x: mx.array, kernels: Kernels) -> mx.array:
+        """x + the projection of what was convolved."""
+        return project(y, self.out_proj, residual=x, kernels=kernels)
 
 
 def last_columns(bcx: mx.array) -> mx.array:

@@ -8,7 +8,6 @@ from lfm_mlx.kernels import metal
 
 
 def test_a_kernel_runs_unasked_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(metal.VARIABLE, raising=False)
     monkeypatch.setattr(metal, "available", lambda: True)
     assert metal.choose("short_conv", None, None)
     assert not metal.choose("short_conv", None, "too long")
@@ -37,16 +36,25 @@ def test_the_environment_says_which_kernels_run(
     setting: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(metal.VARIABLE, setting)
-    monkeypatch.setattr(metal, "available", lambda: True)
-    chosen = [name for name in metal.OPERATIONS if metal.choose(name, None, None)]
-    assert sorted(chosen) == sorted(names)
-    assert metal.choose("norm_router", True, None), "asking for a kernel overrules the environment"
+    kernels = metal.chosen()
+    assert kernels == frozenset(names)
+    for operation in metal.OPERATIONS:
+        assert metal.among(kernels, operation) is (None if operation in names else False)
 
 
-def test_the_environment_names_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_argument_overrules_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(metal.VARIABLE, "short_conv")
+    assert metal.chosen(True) == frozenset(metal.OPERATIONS)
+    assert metal.chosen(False) == metal.chosen(()) == metal.chosen("off") == metal.NO_KERNELS
+    assert metal.chosen(["experts", "projection"]) == metal.chosen("projection,experts")
+
+
+def test_a_kernel_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(metal.VARIABLE, "short_conv,fast")
-    with pytest.raises(InputError, match="expected off, all, or names of short_conv"):
-        metal.allowed()
+    with pytest.raises(InputError, match="LFM_MLX_KERNELS is 'short_conv,fast'; expected off"):
+        metal.chosen()
+    with pytest.raises(InputError, match="kernels are 'fast'; expected off, all, or names"):
+        metal.chosen(["fast"])
 
 
 def test_every_kernel_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:

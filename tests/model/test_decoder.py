@@ -101,11 +101,11 @@ def routes(model: Model, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     found = []
     h = model.model.embed_tokens(mx.array(tokens)[None])
     for layer in model.layers:
-        middle = h + layer.operator(layer.operator_norm(h), "causal", None)
-        normed = layer.ffn_norm(middle)
+        middle = layer.operator(h, "causal", None)
         if "gate" in layer.feed_forward:
-            found.append([np.array(part[0]) for part in layer.feed_forward.route(normed)])
-        h = middle + layer.feed_forward(normed)
+            _, *route = layer.feed_forward.route(middle, layer.ffn_norm)
+            found.append([np.array(part[0]) for part in route])
+        h = layer.feed_forward(middle, layer.ffn_norm)
     return np.array([pair[0] for pair in found]), np.array([pair[1] for pair in found])
 
 

@@ -1,0 +1,118 @@
+"""Every kernel beside its reference on a few numbers, once a process, before a model relies on it.
+
+A kernel that this machine's Metal does not compile, or that says something else than its
+reference, is left out with one warning. `python -m lfm_mlx.doctor` looks more closely.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from lfm_mlx.command import one_line
+from lfm_mlx.kernels.experts import experts
+from lfm_mlx.kernels.matrix import Matrix
+from lfm_mlx.kernels.metal import Kernels
+from lfm_mlx.kernels.projection import projection
+from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
+from lfm_mlx.kernels.router import norm_router
+from lfm_mlx.kernels.short_conv import short_conv
+
+log = logging.getLogger("lfm_mlx")
+# Relative to the largest value: float32 sums in another order.
+TOLERANCE = 1e-4
+
+
+def working(kernels: Kernels) -> Kernels:
+    """Those of `kernels` that agree with their references here."""
+    return frozenset(name for name in kernels if passes(mx.fast.metal_kernel, name))
+
+
+@functools.cache
+def passes(builder: Any, operation: str) -> bool:
+    """Whether the kernel agrees; warns where it does not. `builder` is what compiles kernels."""
+    try:
+        error = disagreement(operation)
+    except Exception as problem:  # whatever a compiler or a driver may say
+        reason = f"it does not run ({one_line(problem)})"
+    else:
+        if error <= TOLERANCE:
+            return True
+        reason = f"it is off by {error:.1e} of the largest value"
+    log.warning(
+        "kernel %s is switched off: %s; `python -m lfm_mlx.doctor` tells more", operation, reason
+    )
+    return False
+
+
+def disagreement(operation: str) -> float:
+    """The kernel's largest difference from its reference, relative to the largest value."""
+    run = CHECKS[operation]
+    worst = 0.0
+    for got, wanted in zip(run(True), run(False), strict=True):
+        apart = mx.abs(got.astype(mx.float32) - wanted.astype(mx.float32)).max()
+        relative: Any = (apart / mx.abs(wanted.astype(mx.float32)).max()).item()
+        # Not max(): that lets NaN through.
+        worst = worst if relative <= worst else relative
+    return worst
+
+
+def waves(*shape: int, seed: float) -> mx.array:
+    """Numbers between -1 and 1 without a pattern, and without touching MLX's random state."""
+    size = 1
+    for length in shape:
+        size *= length
+    return mx.sin(mx.arange(size) * seed + seed).reshape(shape)
+
+
+def packed(*shape: int, seed: float) -> Matrix:
+    return Matrix(*mx.quantize(waves(*shape, seed=seed), 32, 4), 32, 4)
+
+
+def check_short_conv(use_kernel: bool) -> tuple[mx.array, ...]:
+    bcx, taps, window = (waves(1, 3, 24, seed=2.3), waves(8, 3, seed=3.1), waves(1, 2, 8, seed=4.7))
+    return short_conv(bcx, taps, None, window, use_kernel=use_kernel)
+
+
+def check_norm_router(use_kernel: bool) -> tuple[mx.array, ...]:
+    x, gate, bias = waves(2, 64, seed=2.3), waves(8, 64, seed=5.9), waves(8, seed=7.7)
+    return norm_router(x, waves(64, seed=1.9), 1e-5, gate, bias, 2, use_kernel=use_kernel)
+
+
+def check_qk_norm_rope(use_kernel: bool) -> tuple[mx.array, ...]:
+    qkv, norms = waves(1, 2, 4 * 16, seed=2.3), (waves(16, seed=1.9), waves(16, seed=2.9))
+    options = {"eps": 1e-5, "base": 1e4, "offset": 3, "use_kernel": use_kernel}
+    return qk_norm_rope(qkv, *norms, 2, 1, **options)
+
+
+def check_projection(use_kernel: bool) -> tuple[mx.array, ...]:
+    x, norm, residual = waves(1, 64, seed=2.3), waves(64, seed=1.9), waves(1, 8, seed=3.7)
+    matrices = (waves(16, 64, seed=4.3), packed(16, 64, seed=5.3))
+    return tuple(
+        projection(
+            *(x, matrix if isinstance(matrix, Matrix) else Matrix(matrix)),
+            norm_weight=norm,
+            swiglu=True,
+            residual=residual,
+            use_kernel=use_kernel,
+        )
+        for matrix in matrices
+    )
+
+
+def check_experts(use_kernel: bool) -> tuple[mx.array, ...]:
+    x, indices, weights = waves(2, 64, seed=2.3), mx.array([[1, 3], [0, 1]]), waves(2, 2, seed=1.7)
+    projections = (packed(4, 32, 64, seed=3.3), packed(4, 32, 64, seed=4.1))
+    down = packed(4, 64, 32, seed=5.7)
+    return (experts(x, indices, weights, *projections, down, x, use_kernel=use_kernel),)
+
+
+CHECKS: dict[str, Callable[[bool], tuple[mx.array, ...]]] = {
+    "short_conv": check_short_conv,
+    "norm_router": check_norm_router,
+    "qk_norm_rope": check_qk_norm_rope,
+    "projection": check_projection,
+    "experts": check_experts,
+}
