@@ -22,7 +22,7 @@ HELD_OUT_SHARE = 10  # one value in ten is never trained
 # How often training draws each kind of exchange.
 KIND_WEIGHTS = {
     "sum": 28,
-    "tool": 36,
+    "tool": 48,
     "copy": 16,
     "fact": 7,
     "greeting": 3,

@@ -85,6 +85,7 @@ class Settings:
     warmup_steps: int = 150
     bias_rate: float = 1e-3
     echo_steps: int = 350  # the first steps only echo random tokens; see Batches
+    echo_every: int = 20  # and later one step in so many
     quantized_from: float = 0.8  # part of the run after which every second step sees 4-bit weights
 
 
@@ -199,18 +200,22 @@ class Batches(IterableDataset):
 
     The first `echoes` batches are random tokens said twice. They teach attention to find what
     followed a token before, which copying, tool calls and answers rest on; conversations alone
-    teach it very slowly.
+    teach it very slowly. Later one batch in `echo_every` does the same, 0 for none: some tokens
+    occur in no training conversation, and would be forgotten.
     """
 
-    def __init__(self, encoder: Encoder, seed: int, tokens: int, echoes: int = 0) -> None:
+    def __init__(
+        self, encoder: Encoder, seed: int, tokens: int, echoes: int = 0, echo_every: int = 0
+    ) -> None:
         self.encoder, self.seed, self.tokens = encoder, seed, tokens
-        self.echoes = echoes
+        self.echoes, self.echo_every = echoes, echo_every
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed % 2**63)
         for _ in range(self.echoes):
             yield self._echo(generator)
         waiting: dict[int, list[tuple[list[int], list[int]]]] = defaultdict(list)
+        batches = 0
         for source in conversations.training_conversations(self.seed):
             ids, labels = self.encoder.encode(source)
             width = math.ceil(len(ids) / WIDTH_STEP) * WIDTH_STEP
@@ -219,6 +224,9 @@ class Batches(IterableDataset):
             waiting[width].append((ids, labels))
             if len(waiting[width]) == self.tokens // width:
                 yield self._padded(waiting.pop(width), width)
+                batches += 1
+                if self.echo_every and batches % self.echo_every == 0:
+                    yield self._echo(generator)
 
     def _echo(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         half = 2 ** int(torch.randint(3, 6, (), generator=generator))
@@ -425,6 +433,7 @@ class Run:
             stream_seed,
             self.settings.batch_tokens,
             echoes=max(0, self.settings.echo_steps - self.step),
+            echo_every=self.settings.echo_every,
         )
         loader = DataLoader(
             source,
