@@ -9,8 +9,8 @@ from lfm_mlx.command import InputError, one_line
 from lfm_mlx.control import Control
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("what the answer must be").add_argument
+def add_thinking_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--max-thinking-tokens", type=int, metavar="N",
         help="close the think block after N tokens of thought",
@@ -19,6 +19,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--no-thinking", action="store_true",
         help="begin with an empty think block, which the model was not trained for",
     )  # fmt: skip
+
+
+def thinking_tokens(args: argparse.Namespace) -> int | None:
+    """The budget of thoughts that the options ask for; None for any number."""
+    if args.no_thinking and args.max_thinking_tokens:
+        raise InputError("--no-thinking and --max-thinking-tokens exclude each other; give one")
+    return 0 if args.no_thinking else args.max_thinking_tokens
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the answer must be")
+    add_thinking_options(group)
+    add = group.add_argument
     add("--json-schema", metavar="FILE", help="the answer is JSON that fits this JSON Schema")
     add("--regex", metavar="RE", help="the whole answer matches; no look-around, no \\b")
     add(
@@ -37,14 +50,12 @@ def control_of(args: argparse.Namespace) -> Control:
 
     Raises InputError for files that cannot be read, and for options that exclude each other.
     """
-    if args.no_thinking and args.max_thinking_tokens:
-        raise InputError("--no-thinking and --max-thinking-tokens exclude each other; give one")
     schema = None if args.json_schema is None else _read_json(args.json_schema, "--json-schema")
     tools = [] if args.tools is None else _read_json(args.tools, "--tools")
     if not isinstance(tools, list):
         raise InputError(f"--tools {args.tools}: expected a list of tools")
     return Control(
-        max_thinking_tokens=0 if args.no_thinking else args.max_thinking_tokens,
+        max_thinking_tokens=thinking_tokens(args),
         json_schema=schema,
         regex=args.regex,
         choices=() if args.choice is None else tuple(args.choice.split("|")),
