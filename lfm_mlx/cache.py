@@ -85,6 +85,39 @@ def stored_length(cache: Sequence[Any]) -> int:
     return 0 if log is None else log.length
 
 
+def check_cache(config: Config, cache: Sequence[Any]) -> None:
+    """Raise InputError unless the cache's layers are the model's, in number, kind and width."""
+    if len(cache) != config.num_hidden_layers:
+        raise InputError(
+            f"the cache has {len(cache)} layers, and the model {config.num_hidden_layers}: "
+            "it belongs to another model"
+        )
+    heads = (config.num_key_value_heads, config.head_dim)
+    window = (config.conv_L_cache - 1, config.hidden_size)
+    for layer, entry in enumerate(cache):
+        attention = config.is_attention(layer)
+        expected = heads if attention else window
+        of_kind = isinstance(entry, ConvWindow) != attention
+        if not of_kind or stored_shape(entry) not in (None, expected):
+            raise InputError(
+                f"layer {layer} of the cache is not what this model stores: it belongs to another "
+                "model, or was not made by make_cache"
+            )
+
+
+def stored_shape(entry: Any) -> tuple[int, ...] | None:
+    """[W-1, D] of a window, [Hkv, Dh] of keys; None while there are none."""
+    if isinstance(entry, ConvWindow):
+        return None if entry.window is None else entry.window.shape[1:]
+    keys = getattr(entry, "keys", None)
+    if keys is None:
+        return None
+    if hasattr(entry, "bits"):
+        _, heads, _, packed = keys[0].shape
+        return heads, packed * 32 // entry.bits
+    return keys.shape[1], keys.shape[3]
+
+
 def rewind(cache: list[Any], length: int) -> None:
     """Take the cache back to its first `length` tokens, as if no more had been read.
 

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from lfm_mlx.command import InputError
 from lfm_mlx.token_log import TokenLog
 
 # The length of a row that has no padding after its tokens.
@@ -133,7 +134,9 @@ class ConvWindow:
 
     def trim(self, count: int) -> int:
         """Go back by `count` columns; returns by how many it was possible."""
-        if count <= 0:
+        if count < 0:
+            raise InputError(f"cannot go back by {count} tokens; expected 0 or more")
+        if count == 0:
             return 0
         taken = count if self.log is None else self.log.trim(count)
         self.window = self._undone(count)

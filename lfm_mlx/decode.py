@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.cache import arrays, stored_bytes, stored_length, whole_step
+from lfm_mlx.cache import arrays, check_cache, stored_bytes, stored_length, whole_step
 from lfm_mlx.command import InputError
 from lfm_mlx.config import Config
 from lfm_mlx.constraint import Constraint
@@ -65,13 +65,14 @@ def decode(
     chunk: prompt tokens read in one pass
     progress: called with the prompt tokens read so far and their number
 
-    Raises InputError for an empty prompt, one longer than the model can read, or a token the
-    vocabulary does not have.
+    Raises InputError, with the cache as it was, for an empty prompt, one longer than the model can
+    read, a token the vocabulary does not have, or a cache of another model.
     """
     vocab_size = model.config.vocab_size
     check_prompt(prompt, vocab_size)
     sampler = sampler or Sampler(vocab_size)
     cache = model.make_cache() if cache is None else cache
+    check_cache(model.config, cache)
     max_tokens = room_for_answer(model.config, stored_length(cache) + len(prompt), max_tokens)
     sampler.observe(prompt)
     tokens = mx.array(list(prompt), mx.int32)

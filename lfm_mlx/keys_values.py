@@ -1,7 +1,7 @@
 """Keys and values of the attention layers: how they grow, how they are packed, how they are read.
 
-mlx-lm's cache classes store them. Ours differ in growth alone: by a sixteenth of what there is, so
-that a long prompt is not copied again at every chunk.
+mlx-lm's cache classes store them. Ours grow by a sixteenth of what there is, so that a long prompt
+is not copied again at every chunk, and refuse to be trimmed by less than nothing.
 """
 
 from collections.abc import Sequence
@@ -27,13 +27,20 @@ TILE_KEYS = 2048
 
 
 class Growing:
-    """`step`, by how many tokens mlx-lm's classes grow, as a share of the tokens there are."""
+    """What our classes have before mlx-lm's. `step`: by how many tokens those grow."""
 
     offset: int
 
     @property
     def step(self) -> int:
         return max(256, self.offset // 16 // 256 * 256)
+
+    def trim(self, count: int) -> int:
+        if count < 0:
+            raise InputError(f"cannot go back by {count} tokens; expected 0 or more")
+        count = min(count, self.offset)
+        self.offset -= count
+        return count
 
 
 class GrowingQuantizedKVCache(Growing, QuantizedKVCache):  # pyright: ignore[reportIncompatibleVariableOverride]

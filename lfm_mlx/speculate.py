@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lfm_mlx.cache import rewind, stored_bytes, stored_length, token_log
+from lfm_mlx.cache import check_cache, rewind, stored_bytes, stored_length, token_log
 from lfm_mlx.decode import (
     CLEAR_EVERY,
     LARGE_BYTES,
@@ -55,6 +55,7 @@ def decode_with_lookup(
     lookup = Lookup() if lookup is None else lookup
     sampler = Sampler(model.config.vocab_size) if sampler is None else sampler
     cache = model.make_cache() if cache is None else cache
+    check_cache(model.config, cache)
     max_tokens = room_for_answer(model.config, stored_length(cache) + len(prompt), max_tokens)
     sampler.observe(prompt)
     lookup.text.extend([*tokens_read(cache), *prompt])

@@ -1,6 +1,7 @@
 """A rewound cache against a fresh prefill of the same tokens: windows, logits, and what follows."""
 
 import copy
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +13,10 @@ from models import model_of
 from reference import relative_error
 
 from lfm_mlx import Model
-from lfm_mlx.cache import ConvWindow, rewind, stored_length, token_log
+from lfm_mlx.cache import ConvWindow, restore_windows, rewind, stored_length, token_log
 from lfm_mlx.command import InputError
+from lfm_mlx.decode import decode
+from lfm_mlx.speculate import decode_with_lookup
 
 ATTENTION = (2, 6, 10, 14, 18, 21)
 LFM25 = [("full_attention" if layer in ATTENTION else "conv") for layer in range(24)]
@@ -111,15 +114,12 @@ def test_fewer_replayed_tokens_would_not_do() -> None:
     model, tokens, following = build("24 layers of LFM2.5"), draw(6, 1, 200), draw(7, 1, 1)
     wanted = np.array(model(following, fresh(model, tokens[:, :150])))
     errors = {}
-    for memory in (36, 24, 16):
+    assert model.config.conv_memory == 36
+    for replayed in (36, 24, 16):
         cache = fresh(model, tokens)
         rewind(cache, 150)
-        short = copy.copy(model.config)
-        object.__setattr__(short, "layer_types", model.config.layer_types[:1] * (memory // 2))
-        cut = copy.copy(model)
-        cut.config = short
-        assert short.conv_memory == memory
-        errors[memory] = relative_error(np.array(cut(following, cache)), wanted)
+        restore_windows(cache, replayed, model._replay)
+        errors[replayed] = relative_error(np.array(model(following, cache)), wanted)
     assert errors[36] <= EXACT
     assert errors[24] > 10 * max(errors[36], 1e-8)
     assert errors[16] > 10 * errors[24]
@@ -245,6 +245,37 @@ def test_impossible_lengths_leave_the_cache_as_it_was(length: int, says: str) ->
     with pytest.raises(InputError, match=says):
         rewind(cache, length)
     expect_same(model, cache, tokens, draw(30, 1, 1))
+
+
+@pytest.mark.parametrize("config", ["odd", "attention first"])
+def test_trimming_by_less_than_nothing_leaves_the_cache_as_it_was(config: str) -> None:
+    model, tokens = build(config), draw(33, 1, 90)
+    cache = fresh(model, tokens)
+    with pytest.raises(InputError, match="cannot go back by -2 tokens"):
+        trim_prompt_cache(cache, -2)
+    expect_same(model, cache, tokens, draw(34, 1, 1))
+
+
+WIDER = {
+    "a layer more": {"num_hidden_layers": 8, "layer_types": [*ODD["layer_types"], "conv"]},
+    "other kinds": {"layer_types": ODD["layer_types"][::-1]},
+    "a wider window": {"conv_L_cache": 4},
+    "a wider model": {"hidden_size": 2 * ODD["hidden_size"]},
+    "more heads": {"num_key_value_heads": 5},
+}
+
+
+@pytest.mark.parametrize("decoder", [decode, decode_with_lookup])
+@pytest.mark.parametrize("difference", WIDER)
+def test_the_cache_of_another_model_is_refused_and_left_as_it_was(
+    difference: str, decoder: Callable
+) -> None:
+    config, tokens = ODD | WIDER[difference], draw(35, 1, 40)
+    other = model_of(config, random_tensors(config, 36))
+    cache = fresh(other, tokens)
+    with pytest.raises(InputError, match="belongs to another model"):
+        list(decoder(build("odd"), [1, 2, 3], cache=cache))
+    expect_same(other, cache, tokens, draw(37, 1, 2))
 
 
 def test_what_was_read_as_embeddings_cannot_be_rewound() -> None:
