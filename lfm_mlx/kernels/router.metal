@@ -10,6 +10,7 @@
 //
 // T: type of x, norm_weight, gate and outputs · D, E, K, SIMDGROUPS, VALUES: sizes
 // HAS_BIAS: whether expert_bias is meant · NORMALIZE: whether weights are divided by their sum
+// PACKED: whether the gate is bytes, with gate_scales and gate_biases for each GROUP of them
 
 threadgroup T normed_token[D];
 threadgroup float sums[SIMDGROUPS];
@@ -50,13 +51,29 @@ threadgroup_barrier(metal::mem_flags::mem_threadgroup);
 for (int expert = simdgroup; expert < E; expert += SIMDGROUPS) {
   const size_t row = static_cast<size_t>(expert) * D;
   float logit = 0.0f;
-  for (int d = lane * VALUES; d < D / VALUES * VALUES; d += 32 * VALUES) {
-    for (int i = 0; i < VALUES; ++i) {
-      logit += static_cast<float>(normed_token[d + i]) * static_cast<float>(gate[row + d + i]);
+  if (PACKED) {
+    const device uint8_t* bytes = (const device uint8_t*)gate + row;
+    for (int d = lane * VALUES; d < D; d += 32 * VALUES) {
+      float products = 0.0f;
+      float sum = 0.0f;
+      for (int i = 0; i < VALUES; ++i) {
+        const float value = static_cast<float>(normed_token[d + i]);
+        products += value * static_cast<float>(bytes[d + i]);
+        sum += value;
+      }
+      const size_t group = (row + d) / GROUP;
+      logit += static_cast<float>(gate_scales[group]) * products +
+          static_cast<float>(gate_biases[group]) * sum;
     }
-  }
-  for (int d = D / VALUES * VALUES + lane; d < D; d += 32) {
-    logit += static_cast<float>(normed_token[d]) * static_cast<float>(gate[row + d]);
+  } else {
+    for (int d = lane * VALUES; d < D / VALUES * VALUES; d += 32 * VALUES) {
+      for (int i = 0; i < VALUES; ++i) {
+        logit += static_cast<float>(normed_token[d + i]) * static_cast<float>(gate[row + d + i]);
+      }
+    }
+    for (int d = D / VALUES * VALUES + lane; d < D; d += 32) {
+      logit += static_cast<float>(normed_token[d]) * static_cast<float>(gate[row + d]);
+    }
   }
   // Rounded where the operations round, so that scores that tie there tie here.
   logit = static_cast<float>(static_cast<T>(metal::simd_sum(logit)));

@@ -6,14 +6,15 @@ The bias moves the choice only and never the weights; the sum with it is taken i
 no softmax. Among equal scores the expert with the lower index wins.
 
 `norm_router` takes the layer's norm and the gate's projection with it: one launch instead of a
-dozen, most of which touch 32 numbers or 4. Limits of its kernel: gate and norm in x's dtype
-(float32, float16 or bfloat16), at most 64 tokens (beyond, the gate is a matrix product), a width of
-at most 4096 and at most 512 experts.
+dozen, most of which touch 32 numbers or 4. Limits of its kernel: norm and gate in x's dtype
+(float32, float16 or bfloat16), or the gate in 8 bits, as mlx-lm packs it; at most 64 tokens
+(beyond, the gate is a matrix product), a width of at most 4096 and at most 512 experts.
 """
 
 import mlx.core as mx
 
 from lfm_mlx.kernels import metal
+from lfm_mlx.kernels.matrix import MIN_SIZE, Matrix
 
 EPSILON = 1e-6
 MAX_TOKENS = 64
@@ -72,7 +73,7 @@ def norm_router(
     x: mx.array,
     norm_weight: mx.array,
     eps: float,
-    gate: mx.array,
+    gate: Matrix,
     expert_bias: mx.array | None,
     experts_per_token: int,
     *,
@@ -99,7 +100,7 @@ def norm_router_reference(
     x: mx.array,
     norm_weight: mx.array,
     eps: float,
-    gate: mx.array,
+    gate: Matrix,
     expert_bias: mx.array | None,
     experts_per_token: int,
     *,
@@ -109,21 +110,23 @@ def norm_router_reference(
     """`norm_router` in MLX operations."""
     normed = mx.fast.rms_norm(x, norm_weight, eps)
     indices, weights = router_reference(
-        normed @ gate.T, expert_bias, experts_per_token, normalize=normalize, scale=scale
+        gate.times(normed), expert_bias, experts_per_token, normalize=normalize, scale=scale
     )
     return normed, indices, weights
 
 
 def _refusal(
-    x: mx.array, norm_weight: mx.array, gate: mx.array, experts_per_token: int
+    x: mx.array, norm_weight: mx.array, gate: Matrix, experts_per_token: int
 ) -> str | None:
     """Why the kernel cannot take these inputs, None when it can."""
     num_experts, width = gate.shape
-    if x.dtype not in metal.DTYPES or not x.dtype == norm_weight.dtype == gate.dtype:
+    if x.dtype not in metal.DTYPES or x.dtype != norm_weight.dtype:
         return (
-            "it takes x, norm and gate of one dtype, float32, float16 or bfloat16; got "
-            f"{x.dtype}, {norm_weight.dtype} and {gate.dtype}"
+            "it takes x and norm of one dtype, float32, float16 or bfloat16; got "
+            f"{x.dtype} and {norm_weight.dtype}"
         )
+    if gate.scales is not None and gate.bits != 8:
+        return f"it takes a gate of floats or 8 bits, got {gate.bits} bits"
     if not width <= x.size <= MAX_TOKENS * width:
         return f"it takes 1 to {MAX_TOKENS} tokens, got {x.size // width}"
     if width > MAX_WIDTH or num_experts > MAX_EXPERTS:
@@ -133,14 +136,15 @@ def _refusal(
         )
     if not 1 <= experts_per_token <= num_experts:
         return f"it chooses 1 to {num_experts} experts, got {experts_per_token}"
-    return None
+    dense = gate.scales is None and gate.weight.dtype == x.dtype
+    return None if dense and gate.weight.size >= MIN_SIZE else gate.refusal(x.dtype)
 
 
 def _norm_router_metal(
     x: mx.array,
     norm_weight: mx.array,
     eps: float,
-    gate: mx.array,
+    gate: Matrix,
     expert_bias: mx.array | None,
     experts_per_token: int,
     *,
@@ -153,14 +157,17 @@ def _norm_router_metal(
     run = metal.kernel(
         "router",
         f"norm_router_d{MAX_WIDTH}_e{MAX_EXPERTS}",
-        inputs=("x", "norm_weight", "gate", "expert_bias", "eps", "epsilon", "scale"),
+        inputs=(
+            *("x", "norm_weight", "gate", "gate_scales", "gate_biases", "expert_bias"),
+            *("eps", "epsilon", "scale"),
+        ),
         outputs=("normed", "indices", "weights"),
     )
     chosen = (*x.shape[:-1], experts_per_token)
     normed, indices, weights = run(
         # What is absent needs an array in its place, which the kernel does not read.
         inputs=[
-            *(x, norm_weight, gate, gate if expert_bias is None else expert_bias),
+            *(x, norm_weight, *gate.parts(), x if expert_bias is None else expert_bias),
             *(eps, EPSILON, scale),
         ],
         template=[
@@ -172,6 +179,7 @@ def _norm_router_metal(
             ("VALUES", VALUES),
             ("HAS_BIAS", expert_bias is not None),
             ("NORMALIZE", normalize),
+            *(("PACKED", gate.scales is not None), ("GROUP", gate.group_size)),
         ],
         grid=(threads, x.size // width, 1),
         threadgroup=(threads, 1, 1),

@@ -78,7 +78,8 @@ def check_short_conv(use_kernel: bool) -> tuple[mx.array, ...]:
 
 def check_norm_router(use_kernel: bool) -> tuple[mx.array, ...]:
     x, gate, bias = waves(2, 64, seed=2.3), waves(8, 64, seed=5.9), waves(8, seed=7.7)
-    return norm_router(x, waves(64, seed=1.9), 1e-5, gate, bias, 2, use_kernel=use_kernel)
+    layer = (x, waves(64, seed=1.9), 1e-5, Matrix(gate), bias, 2)
+    return norm_router(*layer, use_kernel=use_kernel)
 
 
 def check_qk_norm_rope(use_kernel: bool) -> tuple[mx.array, ...]:

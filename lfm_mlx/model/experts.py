@@ -80,11 +80,11 @@ class SparseFeedForward(nn.Module):
         bias = self.get("expert_bias")
         options = {"normalize": self.normalize, "scale": self.scale}
         gate = matrix_of(self.gate)
-        if gate is None or gate.scales is not None:
+        if gate is None:
             normed = norm(x)
             return normed, *router(self.gate(normed), bias, self.experts_per_token, **options)
         return norm_router(
-            *(x, norm.weight, norm.eps, gate.weight, bias, self.experts_per_token),
+            *(x, norm.weight, norm.eps, gate, bias, self.experts_per_token),
             **options,
             use_kernel=among(kernels, "norm_router"),
         )

@@ -1,5 +1,7 @@
 """The router against its definition in NumPy, and against the three rules ports got wrong."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import twins
 from judge import judge_router, rms_norm, sigmoid, softmax
 from models import as_numpy
 
+from lfm_mlx.kernels.matrix import Matrix
 from lfm_mlx.kernels.router import norm_router, norm_router_reference, router
 
 SIZES = [(1, 8, 2), (3, 32, 4), (17, 33, 5), (64, 7, 7), (129, 32, 1)]  # tokens, E, K
@@ -113,7 +116,7 @@ def draw_layer(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_norm_router_equals_its_definition(seed: int) -> None:
     x, norm_weight, gate, bias = draw_layer(seed, 5, 9, 37, mx.float32)
-    normed, indices, weights = norm_router(x, norm_weight, 1e-5, gate, bias, 3)
+    normed, indices, weights = norm_router(x, norm_weight, 1e-5, Matrix(gate), bias, 3)
     exact = rms_norm(as_numpy(x)[0].astype(np.float64), as_numpy(norm_weight), 1e-5)
     chosen, wanted = judge_router(exact, as_numpy(gate), as_numpy(bias), 3, True, 1.0)
     twins.close(normed[0], exact)
@@ -132,7 +135,26 @@ def test_the_norm_router_kernel_equals_its_reference(
     size: tuple[int, int, int, int, bool], dtype: mx.Dtype
 ) -> None:
     tokens, experts, count, width, biased = size
-    x, norm_weight, gate, bias = draw_layer(3, tokens, experts, width, dtype)
+    x, norm_weight, weight, bias = draw_layer(3, tokens, experts, width, dtype)
+    expect_the_kernel_to_agree((x, norm_weight, Matrix(weight), bias), count, biased)
+
+
+@pytest.mark.parametrize("dtype", twins.DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width", "group_size"),
+    [(2, 7, 96, 32), (1, 32, 2048, 64), (3, 9, 256, 128)],
+)
+def test_the_kernel_reads_a_gate_in_8_bits(
+    tokens: int, experts: int, width: int, group_size: int, dtype: mx.Dtype
+) -> None:
+    x, norm_weight, weight, bias = draw_layer(4, tokens, experts, width, dtype)
+    gate = Matrix(*mx.quantize(weight, group_size, 8), group_size, 8)
+    expect_the_kernel_to_agree((x, norm_weight, gate, bias), 3, True)
+
+
+def expect_the_kernel_to_agree(drawn: tuple[Any, ...], count: int, biased: bool) -> None:
+    x, norm_weight, gate, bias = drawn
+    dtype = x.dtype
     given, scale = (bias, 1.0) if biased else (None, 2.5)
     layer, options = (x, norm_weight, 1e-5, gate, given, count), {"normalize": biased}
     wanted = norm_router_reference(*layer, **options, scale=scale)
@@ -142,7 +164,7 @@ def test_the_norm_router_kernel_equals_its_reference(
     twins.same_kind(got, wanted)
     twins.close(got[0], wanted[0])
     # Another order of summation may round a logit the other way: near ties may swap, no more.
-    scores = mx.sigmoid(wanted[0] @ gate.T)
+    scores = mx.sigmoid(gate.times(wanted[0]))
     shifted = scores if given is None else scores + given
     chosen, best = (mx.take_along_axis(shifted, i, axis=-1) for i in (got[1], wanted[1]))
     twins.close(chosen.astype(dtype), best.astype(dtype))
@@ -155,7 +177,8 @@ def test_the_norm_router_kernel_equals_its_reference(
 def test_the_norm_router_kernel_gives_ties_and_nans_to_the_lower_index(value: float) -> None:
     x, ones = mx.full((1, 2, 40), value), mx.ones((40,))
     with twins.kernels():
-        _, indices, _ = norm_router(x, ones, 1e-5, mx.ones((32, 40)), None, 4, use_kernel=True)
+        gate = Matrix(mx.ones((32, 40)))
+        _, indices, _ = norm_router(x, ones, 1e-5, gate, None, 4, use_kernel=True)
         mx.eval(indices)
     np.testing.assert_array_equal(np.array(indices), np.tile(np.arange(4), (1, 2, 1)))
 
@@ -164,7 +187,7 @@ def test_the_norm_router_kernel_gives_ties_and_nans_to_the_lower_index(value: fl
     ("tokens", "experts", "count", "width", "gate_dtype", "reason"),
     [
         (65, 8, 2, 16, mx.float32, "1 to 64 tokens, got 65"),
-        (1, 8, 2, 16, mx.float16, "of one dtype"),
+        (1, 8, 2, 16, mx.float16, "the weights are"),
         (1, 8, 9, 16, mx.float32, "chooses 1 to 8 experts, got 9"),
         (1, 513, 2, 16, mx.float32, "at most 4096 and 512 experts"),
         (1, 8, 2, 4097, mx.float32, "at most 4096 and 512 experts"),
@@ -173,6 +196,13 @@ def test_the_norm_router_kernel_gives_ties_and_nans_to_the_lower_index(value: fl
 def test_the_norm_router_kernel_states_its_limits(
     tokens: int, experts: int, count: int, width: int, gate_dtype: mx.Dtype, reason: str
 ) -> None:
-    x, gate = mx.zeros((tokens, width)), mx.zeros((experts, width), gate_dtype)
+    x, gate = mx.zeros((tokens, width)), Matrix(mx.zeros((experts, width), gate_dtype))
     with twins.kernels(), pytest.raises(RuntimeError, match=reason):
         norm_router(x, mx.ones((width,)), 1e-5, gate, None, count, use_kernel=True)
+
+
+def test_a_gate_in_other_bits_stays_on_the_operations() -> None:
+    x, norm_weight, weight, bias = draw_layer(5, 1, 8, 64, mx.float32)
+    gate = Matrix(*mx.quantize(weight, 64, 4), 64, 4)
+    with twins.kernels(), pytest.raises(RuntimeError, match="a gate of floats or 8 bits, got 4"):
+        norm_router(x, norm_weight, 1e-5, gate, bias, 2, use_kernel=True)

@@ -110,6 +110,13 @@ def test_weights_that_no_kernel_reads(bits: int, mode: str) -> None:
     expect_near(*both_paths(build("wide", bits=bits, mode=mode)))
 
 
+def test_the_gate_in_8_bits_as_mlx_lm_packs_it() -> None:
+    model = build("wide", bits=4)
+    for layer in model.layers[2:]:
+        layer.feed_forward.gate = layer.feed_forward.gate.to_quantized(64, 8)
+    expect_near(*both_paths(model))
+
+
 @pytest.mark.parametrize("padding", [[0, 4, 1], [10, 0, 0]])
 def test_padded_batches(padding: list[int]) -> None:
     expect_near(*both_paths(build("even"), 3, padding))
