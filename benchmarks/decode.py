@@ -40,6 +40,10 @@ MEASURES = {
 }
 
 
+class Failed(Exception):
+    """An engine that does not run this model here, and what it said."""
+
+
 def random_prompt(config: Config, count: int) -> list[int]:
     return np.random.default_rng(0).integers(0, config.vocab_size, count).tolist()
 
@@ -95,7 +99,8 @@ def in_own_process(engine: Engine, folder: Path, args: argparse.Namespace) -> di
     command += ["--dtype", dtype] if dtype else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise InputError(f"{name} ({dtype or 'default'}) failed: {done.stderr.strip()[-300:]}")
+        reason = done.stderr.strip().rpartition("\n")[2][-300:]
+        raise Failed(f"{name} ({dtype or 'default'}) cannot run: {reason}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -122,7 +127,26 @@ def show(medians: dict[str, dict[str, float]]) -> None:
         print(name.ljust(width), *(f"{value:16.3f}" for value in values))
 
 
-def record(medians: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def run_in_turns(
+    compared: dict[str, Engine], folder: Path, args: argparse.Namespace
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, str]]:
+    """Every engine's runs, and what those said that do not run this model here."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
+    failed: dict[str, str] = {}
+    for number in range(args.runs):
+        for name in [name for name in compared if name not in failed]:
+            print(f"run {number + 1} of {args.runs}: {name}", file=sys.stderr)
+            try:
+                found[name].append(in_own_process(compared[name], folder, args))
+            except Failed as failure:
+                failed[name] = str(failure)
+                del found[name]
+    return found, failed
+
+
+def record(
+    medians: dict[str, Any], failed: dict[str, str], args: argparse.Namespace
+) -> dict[str, Any]:
     return {
         "benchmark": "decode",
         "model": args.model,
@@ -134,11 +158,16 @@ def record(medians: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
         "mlx": version("mlx"),
         "mlx_lm": version("mlx-lm"),
         "medians": medians,
+        "failed": failed,
     }
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", default="demo", help="folder, hub name, or demo (default)")
     add("--prompt-tokens", type=int, default=64)
@@ -160,17 +189,17 @@ def main() -> None:
         print(json.dumps(measure(engine, folder, args.prompt_tokens, args.tokens)))
         return
     compared = engines(folder, not args.defaults_only)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in compared}
-    for number in range(args.runs):
-        for name, engine in compared.items():
-            print(f"run {number + 1} of {args.runs}: {name}", file=sys.stderr)
-            found[name].append(in_own_process(engine, folder, args))
+    found, failed = run_in_turns(compared, folder, args)
+    if not found:
+        raise InputError("; ".join(failed.values()))
     medians = {
         name: {key: statistics.median(row[key] for row in rows) for key in MEASURES}
         for name, rows in found.items()
     }
     show(medians)
-    print(json.dumps(record(medians, args)))
+    for reason in failed.values():
+        print(reason)
+    print(json.dumps(record(medians, failed, args)))
 
 
 if __name__ == "__main__":
