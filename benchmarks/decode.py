@@ -24,7 +24,7 @@ import numpy as np
 
 from lfm_mlx import memory
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.config import Config
 from lfm_mlx.hub import resolve
 from lfm_mlx.load import DTYPES, as_dtype, load_model
@@ -163,7 +163,7 @@ def record(
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

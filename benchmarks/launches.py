@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import lfm2_moe
 
 from lfm_mlx import Config, Model
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.conv_window import ConvWindow
 from lfm_mlx.kernels import metal
 from lfm_mlx.sample import Sampler
@@ -293,7 +293,7 @@ def graph_seconds(steps: int, runs: int, bits: int) -> dict[str, float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--bits", type=int, default=4, choices=(4, 5, 6, 8), help="of the weights (default 4)")
     add("--steps", type=int, default=20, help="decode steps in a run of the graph's timing")

@@ -8,7 +8,6 @@ sight, and again when the same grammar is used anew, as a server does. Prints a 
 line. What is not installed is left out.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 
 VOCABULARY = 128_000
 PERSON = {
@@ -195,7 +194,7 @@ def measure(engine: Engine, words: Words, case: str, repeats: int) -> dict[str, 
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="masks", description="Time grammar masks.")
+    parser = Parser(prog="masks", description="Time grammar masks.")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, metavar="TOKENS")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args(argv)

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.convert import convert
 from lfm_mlx.hub import resolve
 from lfm_mlx.kernels import metal
@@ -172,7 +172,7 @@ def rows(model: Path) -> list[dict[str, Any]]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="demo", help="folder, or demo (default)")
     return parser
 

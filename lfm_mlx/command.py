@@ -4,9 +4,11 @@
 wrong raises InputError; any other exception is a fault of ours and keeps its traceback.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 DONE = 0
 BAD_INPUT = 2
@@ -15,6 +17,16 @@ INTERRUPTED = 130
 
 class InputError(ValueError):
     """The user gave something unusable: says what was wrong, what was expected, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line. Options are not abbreviated, and wrong ones are an InputError."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the options")
 
 
 def run(main: Callable[[], int | None], name: str) -> int:

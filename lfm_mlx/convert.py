@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lfm_mlx import weights
 from lfm_mlx.checkpoint import ITEMSIZE, TensorInfo
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.hub import resolve
 from lfm_mlx.load import DTYPES, as_dtype, check_values, open_checkpoint
 from lfm_mlx.model import Model
@@ -177,7 +177,8 @@ def require_space(folder: Path, needed: int) -> None:
 
 def source_name(source: str | Path) -> str:
     """What config.json says it was made from: the hub's name, or a local folder's last part."""
-    return Path(source).resolve().name if Path(source).exists() else str(source)
+    folder = Path(source).expanduser()
+    return folder.resolve().name if folder.exists() else str(source)
 
 
 def converted_config(
@@ -198,7 +199,7 @@ def converted_config(
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lfm_mlx.convert", description=__doc__.splitlines()[0])  # pyright: ignore[reportOptionalMemberAccess]
+    parser = Parser(prog="lfm_mlx.convert", description="Make an MLX folder of a checkpoint.")
     parser.add_argument("--model", required=True, help="folder, hub name, or demo")
     parser.add_argument("--out", required=True, help="the folder to make")
     parser.add_argument("--bits", type=int, help="quantize to this many bits: 2, 3, 4, 5, 6 or 8")

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from lfm_mlx import chat, memory, prompt_cache
 from lfm_mlx.cache import stored_length
 from lfm_mlx.choice_scores import choice_probabilities
-from lfm_mlx.command import DONE, INTERRUPTED, InputError, run
+from lfm_mlx.command import DONE, INTERRUPTED, InputError, Parser, run
 from lfm_mlx.config import Config
 from lfm_mlx.constraint import Constraint
 from lfm_mlx.control import Control
@@ -57,9 +57,7 @@ def prompt_ids(args: argparse.Namespace, control: Control, chosen: Chosen) -> li
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lfm_mlx.generate", description="Answer a prompt.", allow_abbrev=False
-    )
+    parser = Parser(prog="lfm_mlx.generate", description="Answer a prompt.")
     add = parser.add_argument
     add("--prompt", help="the user's message (default: standard input)")
     add("--system", help="the system message")

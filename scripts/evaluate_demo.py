@@ -6,7 +6,6 @@ Answers are greedy and must match exactly; the questions are about values that t
 Prints a table, then one JSON line.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from demo_conversations import HELD_OUT_KINDS, Example, held_out, is_correct
 from tqdm import tqdm
 
 from lfm_mlx import Model, chat
-from lfm_mlx.command import run
+from lfm_mlx.command import Parser, run
 from lfm_mlx.convert import convert
 from lfm_mlx.load import load
 from lfm_mlx.quantize import Packing, Recipe
@@ -80,7 +79,7 @@ def evaluate(folder: str | Path, count: int, title: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="demo", help="demo, or a folder trained like it")
     parser.add_argument("--count", type=int, default=200, help="examples of each kind")
     parser.add_argument("--bits", type=int, action="append", default=[], help="packings to try")

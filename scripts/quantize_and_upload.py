@@ -30,7 +30,7 @@ from model_card import CARD
 
 from lfm_mlx import weights
 from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.command import InputError, one_line, run
+from lfm_mlx.command import InputError, Parser, one_line, run
 from lfm_mlx.config import Config
 from lfm_mlx.convert import convert, converted_config, source_name
 from lfm_mlx.hub import DEMO, resolve
@@ -279,9 +279,7 @@ def publish(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, hub name, or demo")
     parser.add_argument("--repo", required=True, help="USER/NAME on the hub")
     parser.add_argument("--bits", type=int, help="2, 3, 4, 5, 6 or 8 (default: the mode's, 4)")
