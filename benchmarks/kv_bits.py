@@ -7,7 +7,6 @@ one with floating keys and values, after each token of question and floating ans
 99th percentile. Prints a table, then one JSON line.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lfm_mlx import Model
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.decode import decode, prefill, read
 from lfm_mlx.keys_values import BITS, Packing
 from lfm_mlx.load import DTYPES, load
@@ -101,7 +100,7 @@ def show(rows: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", default="demo", help="demo, or a folder trained like it")
     add("--count", type=int, default=50, help="questions of each kind")

@@ -24,7 +24,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from lfm_mlx import Model
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.decode import decode
 from lfm_mlx.load import DTYPES, load
 from lfm_mlx.lookup import LONGEST_DRAFT, Lookup
@@ -133,7 +133,7 @@ def show(found: dict[str, dict[str, float]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", default="demo", help="demo (default), or a folder trained like it")
     add("--dtype", choices=DTYPES, default="float32")

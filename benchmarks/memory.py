@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from lfm_mlx import Model, memory
 from lfm_mlx.cache import log_tokens, stored_bytes, stored_length
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.conv_window import ConvWindow
 from lfm_mlx.decode import PREFILL_CHUNK, decode
 from lfm_mlx.hub import resolve
@@ -97,7 +97,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", default="demo", help="folder, hub name, or demo (default)")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
