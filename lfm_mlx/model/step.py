@@ -86,6 +86,9 @@ class CompiledStep:
         except (KeyError, IndexError):
             return False
 
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copied model compiles its own."""
+
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """Logits [B, 1, V] after tokens [B, 1]; every entry of `cache` moves on."""
         offset, mask = [], None

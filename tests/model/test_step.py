@@ -1,5 +1,6 @@
 """The compiled decode step says what the model says without it, for the weights there are now."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -156,6 +157,14 @@ def test_a_model_is_freed_with_its_step() -> None:
         assert kept() is None
     finally:
         gc.enable()
+
+
+def test_a_copied_model_has_its_own() -> None:
+    model = build()
+    expected = decoded(model, True)
+    twin = copy.deepcopy(model)
+    one_weight(model)
+    np.testing.assert_array_equal(decoded(twin, True), expected)
 
 
 def test_padded_rows_are_read_first_and_stepped_then(monkeypatch: pytest.MonkeyPatch) -> None:
