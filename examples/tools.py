@@ -1,6 +1,6 @@
 """Tools to try with the demo model.
 
-    python -m lfm_mlx.chat --model demo --tools examples/tools.py
+python -m lfm_mlx.chat --model demo --tools examples/tools.py
 """
 
 import ast

@@ -7,6 +7,7 @@ from importlib import import_module
 COMMANDS = {
     "generate": ("generate", "prompt → streamed text"),
     "chat": ("terminal.program", "a conversation on a terminal, with tools"),
+    "batch": ("batch", "many prompts or conversations at once, from a file"),
     "convert": ("convert", "Hugging Face folder → MLX folder, optionally quantized"),
     "mlx_lm": ("mlx_lm", "mlx-lm's own commands (server, generate, lora, …) on this model"),
 }

@@ -51,6 +51,9 @@ RANKS = {
     "printer": 8,
     "model_options": 8,
     "generate": 10,
+    "batching": 7,
+    "batch_files": 3,
+    "batch": 10,
     "terminal": 10,
     "terminal.*": 10,
     "server": 10,
@@ -59,7 +62,8 @@ RANKS = {
 }
 # Rooms whose purpose is to meet mlx-lm.
 MEET_MLX_LM = {
-    "cache", "keys_values", "load", "sample", "model.experts", "model.linear", "mlx_lm", "server"
+    "cache", "keys_values", "load", "sample", "model.experts", "model.linear", "mlx_lm",
+    "batching", "server",
 }  # fmt: skip
 NEVER_IMPORTED = {"transformers", "torch", "tensorflow", "jax"}
 
