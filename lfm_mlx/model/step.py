@@ -91,24 +91,26 @@ class CompiledStep:
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """Logits [B, 1, V] after tokens [B, 1]; every entry of `cache` moves on."""
-        offset, mask = [], None
-        if self.attentions:
-            first = cache[self.attentions[0][0]]
-            at = first.offset
-            offset = [mx.array([at]) if isinstance(at, int) else at]
-            mask = attention_mask(first, 1)
+        mask = attention_mask(cache[self.attentions[0][0]], 1) if self.attentions else None
         x, attended = tokens, []
         for number, stretch in enumerate(self.stretches):
+            # Every attention's own: an offset that nothing reads would grow a graph of additions.
+            ahead = cache[self.attentions[number][0]] if number < len(self.attentions) else None
+            offset = [] if ahead is None else [position(ahead)]
             entries = [cache[layer] for layer in stretch.windows]
             (x, *queries), moved = stretch.run(
                 x, attended, offset, [entry.window for entry in entries]
             )
             for entry, window in zip(entries, moved, strict=True):
                 entry.advance(window, 1)
-            if number < len(self.attentions):
-                index, attention = self.attentions[number]
-                attended = [attention.attend(*queries, mask, cache[index])]
+            if ahead is not None:
+                attended = [self.attentions[number][1].attend(*queries, mask, ahead)]
         return x
+
+
+def position(entry: Any) -> mx.array:
+    """Where the next token stands, [1] or [B]."""
+    return mx.array([entry.offset]) if isinstance(entry.offset, int) else entry.offset
 
 
 def roots(model: Any) -> list[Any]:

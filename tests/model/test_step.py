@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from make_random_checkpoint import random_tensors
 from metal_host import available, installed, refusal
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from model.test_decoder import ODD
@@ -184,6 +186,27 @@ def test_padded_rows_are_read_first_and_stepped_then(monkeypatch: pytest.MonkeyP
     expected = run(False)
     np.testing.assert_allclose(run(True), expected, atol=2e-6)
     assert len(ran) == 3, "the first two columns are padding in one row"
+
+
+def waiting(cache: list[Any]) -> int:
+    """Operations that wait to be computed before everything the cache holds is known."""
+    states = tree_flatten([entry.state for entry in cache if not hasattr(entry, "log")])
+    arrays = [leaf for _, leaf in states if isinstance(leaf, mx.array)]
+    drawing = io.StringIO()
+    mx.export_to_dot(drawing, *arrays)
+    return drawing.getvalue().count("[label =")
+
+
+def test_a_batch_leaves_no_growing_graph() -> None:
+    model = build("attentions alone")
+    model.compile_step = True
+    cache = model.make_cache([2, 0])
+    model(mx.array([[0, 0, 1], [7, 8, 9]]), cache)
+    seen = []
+    for token in range(40):
+        mx.eval(model(mx.array([[token], [token + 1]]), cache))
+        seen.append(waiting(cache))
+    assert seen[10] == seen[39]
 
 
 def test_a_rewound_cache_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
