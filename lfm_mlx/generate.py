@@ -50,7 +50,7 @@ def prompt_ids(args: argparse.Namespace, control: Control, chosen: Chosen) -> li
             raise InputError("--system has no place without the chat template; leave out --raw")
         if control.tools:
             raise InputError("--tools have no place without the chat template; leave out --raw")
-        return list(chosen.tokenizer.encode(prompt))
+        return list(chosen.tokenizer.encode(prompt, verbose=False))
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     messages = [*system, {"role": "user", "content": prompt}]
     return chat.render(chosen.tokenizer, messages, tools=control.tools, date=chosen.date)

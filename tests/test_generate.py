@@ -140,6 +140,14 @@ def test_wrong_use_is_one_line(
     assert says in err
 
 
+@pytest.mark.parametrize("options", [[], ["--raw"]])
+def test_a_prompt_that_is_too_long_is_one_line_in_its_own_process(options: list[str]) -> None:
+    argv = [*COMMAND, "--prompt", "word " * 5000, *options]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == BAD_INPUT
+    assert done.stderr.count("\n") == 1
+
+
 def test_what_cannot_fit_is_refused_before_loading(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,8 @@ def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
 
 def _token_ids(tokenizer: Any, added: Mapping[str, int], text: str, mark: str) -> list[int]:
     if mark not in text:
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        # Quietly: whoever reads the ids says what is too long, in one line.
+        return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
     ids: list[int] = []
     for piece in re.split(f"({_any_of(added)})", text):
         ids += [added[piece]] if piece in added else _ordinary_ids(tokenizer, piece, mark)
