@@ -9,6 +9,7 @@ COMMANDS = {
     "chat": ("terminal.program", "a conversation on a terminal, with tools"),
     "batch": ("batch", "many prompts or conversations at once, from a file"),
     "convert": ("convert", "Hugging Face folder → MLX folder, optionally quantized"),
+    "doctor": ("doctor", "what this machine makes of every kernel"),
     "mlx_lm": ("mlx_lm", "mlx-lm's own commands (server, generate, lora, …) on this model"),
 }
 

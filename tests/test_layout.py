@@ -50,6 +50,7 @@ RANKS = {
     "stream": 8,
     "printer": 8,
     "model_options": 8,
+    "doctor": 9,
     "generate": 10,
     "batching": 7,
     "batch_files": 3,

@@ -1,0 +1,277 @@
+"""Every operation on random inputs of a model's shapes, as a decode step and a prompt use it.
+
+A case knows how a run can follow from the one before it, so that whoever times a chain of runs
+sees them wait for each other, as the launches of a decode step do.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from lfm_mlx.kernels.experts import experts
+from lfm_mlx.kernels.matrix import Matrix
+from lfm_mlx.kernels.metal import OPERATIONS
+from lfm_mlx.kernels.projection import projection
+from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
+from lfm_mlx.kernels.router import norm_router
+from lfm_mlx.kernels.short_conv import short_conv
+
+Arrays = tuple[mx.array, ...]
+Inputs = dict[str, Any]
+Run = Callable[[Inputs], Arrays]
+
+BITS = 4
+GROUP_SIZE = 64
+EPS = 1e-5
+# How uniform 4-bit numbers scatter around their middle.
+MIDDLE, SPREAD = 7.5, 4.61
+# Tokens of which the router's cases take those that it decides most clearly.
+CANDIDATES = 512
+POSITION = 100
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes follow from: LFM2.5-8B-A1B's. A vocabulary of 0 leaves out the head."""
+
+    hidden: int = 2048
+    dense: int = 7168
+    expert: int = 1792
+    experts: int = 32
+    chosen: int = 4
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 64
+    taps: int = 3
+    vocab: int = 128_000
+    tokens: tuple[int, ...] = (1, 8)
+    prompt: int = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """One use of an operation.
+
+    part: where in the model · weights: how the ones it reads are stored, or ""
+    tie: an output, and the input of the next run whose place it takes
+    """
+
+    kernel: str
+    part: str
+    weights: str
+    tokens: int
+    dtype: mx.Dtype
+    door: Callable[..., Any]
+    inputs: Inputs
+    tie: tuple[int, str]
+
+    def with_kernel(self, inputs: Inputs) -> Arrays:
+        return outputs(self.door(**inputs, use_kernel=True))
+
+    def with_operations(self, inputs: Inputs) -> Arrays:
+        return outputs(self.door(**inputs, use_kernel=False))
+
+    def exact(self) -> Arrays:
+        """What the reference makes of the same numbers in float32, on the CPU."""
+        with mx.stream(mx.cpu):
+            found = self.with_operations({name: wide(value) for name, value in self.inputs.items()})
+            mx.eval(found)
+        return found
+
+    def chain(self, run: Run, length: int) -> list[Arrays]:
+        """What `length` runs give, each of which needs the one before it."""
+        output, name = self.tie
+        inputs, found = self.inputs, []
+        for _ in range(length):
+            found.append(run(inputs))
+            taken = self.inputs[name]
+            begin = found[-1][output].reshape(-1)[: taken.size]
+            inputs = self.inputs | {name: begin.reshape(taken.shape)}
+        return found
+
+
+def outputs(found: mx.array | Arrays) -> Arrays:
+    return (found,) if isinstance(found, mx.array) else found
+
+
+def wide(value: Any) -> Any:
+    """The same values in float32, of an array or a matrix."""
+    if isinstance(value, Matrix):
+        scales, biases = wide(value.scales), wide(value.biases)
+        return value._replace(weight=wide(value.weight), scales=scales, biases=biases)
+    floating = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+    return value.astype(mx.float32) if floating else value
+
+
+class Draw:
+    """Random numbers of one dtype, the same ones in every process."""
+
+    def __init__(self, dtype: mx.Dtype):
+        self.dtype = dtype
+        self.key = mx.random.key(0)
+
+    def uniform(self, low: float, high: float, *shape: int) -> mx.array:
+        self.key, key = mx.random.split(self.key)
+        return mx.random.uniform(low, high, shape, mx.float32, key).astype(self.dtype)
+
+    def values(self, *shape: int, scale: float = 1.0) -> mx.array:
+        """Around zero, with a standard deviation of `scale`."""
+        most = 3**0.5 * scale
+        return self.uniform(-most, most, *shape)
+
+    def norm(self, width: int) -> mx.array:
+        return self.uniform(0.8, 1.2, width)
+
+    def dense(self, *shape: int) -> Matrix:
+        return Matrix(self.values(*shape, scale=shape[-1] ** -0.5))
+
+    def packed(self, *shape: int) -> Matrix:
+        """Random bits and scales; quantizing random weights would take longer than all else."""
+        *before, width = shape
+        self.key, key = mx.random.split(self.key)
+        words = mx.random.randint(0, 2**32, (*before, width * BITS // 32), mx.uint32, key)
+        scales = self.uniform(0.5, 1.5, *before, width // GROUP_SIZE) * (width**-0.5 / SPREAD)
+        return Matrix(words, scales, -MIDDLE * scales, GROUP_SIZE, BITS)
+
+    def matrices(self, *shapes: tuple[int, ...]) -> Iterator[tuple[str, list[Matrix]]]:
+        """Matrices of these shapes in each way to store them, with its name."""
+        yield f"{BITS}-bit", [self.packed(*shape) for shape in shapes]
+        yield "dense", [self.dense(*shape) for shape in shapes]
+
+
+def cases(
+    sizes: Sizes, dtype: mx.Dtype, operations: Collection[str] = OPERATIONS
+) -> Iterator[Case]:
+    """The cases of `operations`; each is made when it is asked for, as some fill a gigabyte."""
+    for operation in OPERATIONS:
+        if operation in operations:
+            yield from MAKERS[operation](sizes, Draw(dtype))
+
+
+def short_conv_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    width, taps = sizes.hidden, draw.values(sizes.hidden, sizes.taps, scale=sizes.taps**-0.5)
+    for tokens in (*sizes.tokens, sizes.prompt):
+        inputs = {
+            "bcx": draw.values(1, tokens, 3 * width),
+            "taps": taps,
+            "window": draw.values(1, sizes.taps - 1, width),
+        }
+        yield Case(
+            "short_conv", "conv layer", "", tokens, draw.dtype, short_conv, inputs, (1, "window")
+        )
+
+
+def norm_router_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    norm_weight, gate = draw.norm(sizes.hidden), draw.dense(sizes.experts, sizes.hidden)
+    bias = draw.values(sizes.experts, scale=0.2).astype(mx.float32)
+    for tokens in sizes.tokens:
+        inputs = {
+            "x": decided(draw, sizes, norm_weight, gate, bias, tokens),
+            "norm_weight": norm_weight,
+            "eps": EPS,
+            "gate": gate,
+            "expert_bias": bias,
+            "experts_per_token": sizes.chosen,
+        }
+        yield Case(
+            "norm_router",
+            "sparse layer",
+            "dense",
+            tokens,
+            draw.dtype,
+            norm_router,
+            inputs,
+            (0, "x"),
+        )
+
+
+def decided(
+    draw: Draw, sizes: Sizes, norm_weight: mx.array, gate: Matrix, bias: mx.array, tokens: int
+) -> mx.array:
+    """Tokens between whose best experts' scores there is room: no rounding changes the choice."""
+    x = draw.values(1, CANDIDATES, sizes.hidden)
+    normed = mx.fast.rms_norm(wide(x), wide(norm_weight), EPS)
+    scores = mx.sigmoid(wide(gate).times(normed)) + bias
+    best = -mx.sort(-scores, axis=-1)[0, :, : sizes.chosen + 1]
+    room = (best[:, :-1] - best[:, 1:]).min(axis=-1)
+    return x[:, mx.argsort(-room)[:tokens]]
+
+
+def qk_norm_rope_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    width = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    norms = {name: draw.norm(sizes.head_dim) for name in ("q_weight", "k_weight")}
+    for tokens in (*sizes.tokens, sizes.prompt):
+        inputs = {
+            "qkv": draw.values(1, tokens, width),
+            **norms,
+            "num_heads": sizes.heads,
+            "num_kv_heads": sizes.kv_heads,
+            "eps": EPS,
+            "base": 5e6,
+            "offset": mx.array([POSITION]),
+        }
+        yield Case(
+            "qk_norm_rope", "attention", "", tokens, draw.dtype, qk_norm_rope, inputs,
+            (0, "q_weight"),
+        )  # fmt: skip
+
+
+def projection_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    width, queries = sizes.hidden, sizes.heads * sizes.head_dim
+    merged = queries + 2 * sizes.kv_heads * sizes.head_dim
+    # Where, its inputs and rows of weights, and what is folded into it.
+    uses = [
+        ("in_proj", width, 3 * width, "norm"),
+        ("q, k, v", width, merged, "norm"),
+        ("out_proj", queries, width, "residual"),
+        ("dense gate, up", width, 2 * sizes.dense, "norm swiglu"),
+        ("dense down", sizes.dense, width, "residual"),
+        ("product alone", width, width, ""),
+        ("head", width, sizes.vocab, "norm"),
+    ]
+    for part, inner, rows, folded in uses if sizes.vocab else uses[:-1]:
+        for weights, (matrix,) in draw.matrices((rows, inner)):
+            for tokens in sizes.tokens:
+                yield Case(
+                    "projection", part, weights, tokens, draw.dtype, projection,
+                    projection_inputs(draw, matrix, tokens, folded),
+                    (0, "residual" if folded == "residual" else "x"),
+                )  # fmt: skip
+
+
+def projection_inputs(draw: Draw, matrix: Matrix, tokens: int, folded: str) -> Inputs:
+    rows, width = matrix.shape
+    inputs: Inputs = {"x": draw.values(1, tokens, width), "matrix": matrix}
+    if "norm" in folded:
+        inputs |= {"norm_weight": draw.norm(width), "eps": EPS}
+    if "residual" in folded:
+        inputs |= {"residual": draw.values(1, tokens, rows)}
+    return inputs | {"swiglu": "swiglu" in folded}
+
+
+def experts_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    up = (sizes.experts, sizes.expert, sizes.hidden)
+    for weights, matrices in draw.matrices(up, up, (sizes.experts, sizes.hidden, sizes.expert)):
+        for tokens in sizes.tokens:
+            scores = draw.uniform(0, 1, 1, tokens, sizes.experts)
+            inputs = {
+                "x": draw.values(1, tokens, sizes.hidden),
+                "indices": mx.argsort(scores, axis=-1)[..., : sizes.chosen],
+                "weights": draw.uniform(0.1, 0.4, 1, tokens, sizes.chosen),
+                **dict(zip(("gate", "up", "down"), matrices, strict=True)),
+                "residual": draw.values(1, tokens, sizes.hidden),
+            }
+            yield Case(
+                "experts", "sparse layer", weights, tokens, draw.dtype, experts, inputs, (0, "x")
+            )
+
+
+MAKERS: dict[str, Callable[[Sizes, Draw], Iterator[Case]]] = {
+    "short_conv": short_conv_cases,
+    "norm_router": norm_router_cases,
+    "qk_norm_rope": qk_norm_rope_cases,
+    "projection": projection_cases,
+    "experts": experts_cases,
+}
