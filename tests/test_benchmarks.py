@@ -1,0 +1,80 @@
+"""Benchmarks count what there is to count, and compare what gives the same."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import twins
+from models import as_numpy
+
+from benchmarks import kernels, launches
+from lfm_mlx.kernels import metal
+from lfm_mlx.kernels.cases import Case, Sizes, cases
+
+TINY = Sizes(
+    hidden=64, dense=128, expert=64, experts=8, chosen=2, heads=4, kv_heads=2, head_dim=16,
+    vocab=96, tokens=(1, 3), prompt=19,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "of_a_token"), [("kernels", 170), ("mlx-lm", 723)])
+def test_launches_of_a_token(engine: str, of_a_token: int) -> None:
+    found = launches.by_kind(engine, 4)
+    assert found["a token"] == of_a_token
+    assert sum(found[kind] * number for kind, number in launches.NUMBERS.items()) == of_a_token
+
+
+def test_a_view_is_no_launch_and_a_concatenation_copies_each_input() -> None:
+    a, b = mx.ones((2, 3)), mx.ones((4, 3))
+    mx.eval(a, b)
+    assert launches.count([a.reshape(3, 2)[1:]]) == 0
+    assert launches.count([mx.concatenate([a, b])]) == 2
+    assert launches.count([mx.abs(a) + 1.0]) == 2
+
+
+def chosen_weights(indices: mx.array, weights: mx.array) -> np.ndarray:
+    """Each token's weights in the order of its experts' numbers, whichever order they came in."""
+    order = mx.argsort(indices, axis=-1)
+    return as_numpy(mx.take_along_axis(weights, order, axis=-1))
+
+
+def merged(case: Case, found: tuple[mx.array, ...]) -> list[np.ndarray]:
+    """Outputs as they can be compared: mlx-lm projects apart and leaves its experts unsorted."""
+    if case.kernel == "norm_router":
+        normed, indices, weights = found
+        return [as_numpy(normed), np.sort(np.array(indices)), chosen_weights(indices, weights)]
+    if case.kernel == "projection":
+        return [as_numpy(mx.concatenate(found, axis=-1))]
+    return [as_numpy(y) for y in found]
+
+
+@pytest.mark.parametrize("operation", metal.OPERATIONS)
+def test_mlx_lm_computes_the_same(operation: str) -> None:
+    for case in cases(TINY, mx.float32, [operation]):
+        theirs = merged(case, kernels.OF_MLX_LM[operation](case)(case.inputs))
+        ours = merged(case, case.with_operations(case.inputs))
+        for one, other in zip(theirs, ours, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5, err_msg=case.part)
+
+
+@pytest.mark.skipif(metal.available(), reason="Metal is there")
+def test_without_metal_mlx_lm_is_compared_with_the_operations(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kernels.main(["--quick", "--runs", "1", "--kernel", "short_conv"], TINY)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert "no kernel runs" in first
+    record = json.loads(last)
+    assert [case["tokens"] for case in record["cases"]] == [1, 3, 19]
+    for case in record["cases"]:
+        assert set(case["microseconds"]) == set(case["times_as_long"]) == {"operations", "mlx-lm"}
+        assert case["times_as_long"]["operations"] == 1
+
+
+def test_kernels_are_measured_first_where_they_run() -> None:
+    with twins.kernels(checked=False):
+        (case, *_) = cases(TINY, mx.float32, ["short_conv"])
+        found = kernels.measure(case, 1)
+    assert [*found["microseconds"]] == ["kernel", "operations", "mlx-lm"]
+    assert found["times_as_long"]["kernel"] == 1
