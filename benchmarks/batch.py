@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from lfm_mlx import Model, chat, load
 from lfm_mlx.batching import Row, decode_rows
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.decode import decode
 from lfm_mlx.sample import GREEDY
 
@@ -97,7 +97,7 @@ def show(found: dict[int, dict[str, float]], count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="demo", help="folder, hub name, or demo (default)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16], help="batch sizes")
     parser.add_argument("--count", type=int, default=96, help="prompts")

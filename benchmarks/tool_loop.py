@@ -8,7 +8,6 @@ hands its result back. Right is an answer that tells the function's own result i
 training. Prints what went wrong, then a table and one JSON line.
 """
 
-import argparse
 import json
 import runpy
 import sys
@@ -19,7 +18,7 @@ from random import Random
 from tqdm import tqdm
 
 from lfm_mlx import chat
-from lfm_mlx.command import InputError, run
+from lfm_mlx.command import InputError, Parser, run
 from lfm_mlx.control import Control
 from lfm_mlx.terminal import program
 from lfm_mlx.terminal.conversation import Conversation
@@ -96,7 +95,7 @@ def accuracy(responder: Responder, tools: Tools, kind: str, count: int) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="demo", help="demo, or a folder trained like it")
     parser.add_argument("--count", type=int, default=100, help="questions of each kind")
     args = parser.parse_args()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lfm_mlx import chat, memory
 from lfm_mlx.batch_files import Request, Results, open_results, read_requests
 from lfm_mlx.batching import Row, decode_rows, require_fit
-from lfm_mlx.command import InputError, one_line, run
+from lfm_mlx.command import InputError, Parser, one_line, run
 from lfm_mlx.model import Model
 from lfm_mlx.model_options import Chosen, add_model_options, add_sampling_options, at_least_one
 from lfm_mlx.stream import rate
@@ -29,9 +29,7 @@ BATCH_SIZE = 8
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lfm_mlx.batch", description="Answer many prompts together.", allow_abbrev=False
-    )
+    parser = Parser(prog="lfm_mlx.batch", description="Answer many prompts together.")
     add = parser.add_argument
     add("--in", dest="source", required=True, type=Path, metavar="FILE.jsonl", help="requests")
     add("--out", dest="target", required=True, type=Path, metavar="FILE.jsonl",

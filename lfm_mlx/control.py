@@ -118,8 +118,9 @@ class Control:
             vocabulary = vocabulary_of(tokenizer, vocab_size)
             what = self.formats[0] if self.formats else "tools"
             return Grammar(vocabulary, self.lark(added), what)
-        if self.tool_choice == "none" and CALL_START in added:
-            return Without([added[CALL_START]], vocab_size)
+        around_calls = [added[tag] for tag in (CALL_START, CALL_END) if tag in added]
+        if self.tool_choice == "none" and around_calls:
+            return Without(around_calls, vocab_size)
         return None
 
     def lark(self, added: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lfm_mlx import memory
-from lfm_mlx.command import InputError, one_line, run
+from lfm_mlx.command import InputError, Parser, one_line, run
 from lfm_mlx.control import Control
 from lfm_mlx.control_options import add_thinking_options, thinking_tokens
 from lfm_mlx.model_options import Chosen, add_model_options, add_sampling_options, at_least_one
@@ -25,10 +25,7 @@ MAX_TOKENS = 16384
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lfm_mlx.chat", description="Converse on a terminal, or through pipes.",
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = Parser(prog="lfm_mlx.chat", description="Converse on a terminal, or through pipes.")
     add = parser.add_argument
     add("--system", metavar="TEXT", help="the system message")
     add("--conversation", metavar="FILE", help="go on with this one if it is there, and keep it")
