@@ -25,8 +25,8 @@ Run = Callable[[Inputs], Arrays]
 BITS = 4
 GROUP_SIZE = 64
 EPS = 1e-5
-# How uniform 4-bit numbers scatter around their middle.
-MIDDLE, SPREAD = 7.5, 4.61
+# What mlx-lm packs the router's gate in.
+GATE_BITS = 8
 # Tokens of which the router's cases take those that it decides most clearly.
 CANDIDATES = 512
 POSITION = 100
@@ -127,13 +127,14 @@ class Draw:
     def dense(self, *shape: int) -> Matrix:
         return Matrix(self.values(*shape, scale=shape[-1] ** -0.5))
 
-    def packed(self, *shape: int) -> Matrix:
+    def packed(self, *shape: int, bits: int = BITS) -> Matrix:
         """Random bits and scales; quantizing random weights would take longer than all else."""
         *before, width = shape
+        middle, spread = (2**bits - 1) / 2, 2**bits / 12**0.5
         self.key, key = mx.random.split(self.key)
-        words = mx.random.randint(0, 2**32, (*before, width * BITS // 32), mx.uint32, key)
-        scales = self.uniform(0.5, 1.5, *before, width // GROUP_SIZE) * (width**-0.5 / SPREAD)
-        return Matrix(words, scales, -MIDDLE * scales, GROUP_SIZE, BITS)
+        words = mx.random.randint(0, 2**32, (*before, width * bits // 32), mx.uint32, key)
+        scales = self.uniform(0.5, 1.5, *before, width // GROUP_SIZE) * (width**-0.5 / spread)
+        return Matrix(words, scales, -middle * scales, GROUP_SIZE, bits)
 
     def matrices(self, *shapes: tuple[int, ...]) -> Iterator[tuple[str, list[Matrix]]]:
         """Matrices of these shapes in each way to store them, with its name."""
@@ -164,27 +165,23 @@ def short_conv_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
 
 
 def norm_router_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
-    norm_weight, gate = draw.norm(sizes.hidden), draw.dense(sizes.experts, sizes.hidden)
+    norm_weight, shape = draw.norm(sizes.hidden), (sizes.experts, sizes.hidden)
     bias = draw.values(sizes.experts, scale=0.2).astype(mx.float32)
-    for tokens in sizes.tokens:
-        inputs = {
-            "x": decided(draw, sizes, norm_weight, gate, bias, tokens),
-            "norm_weight": norm_weight,
-            "eps": EPS,
-            "gate": gate,
-            "expert_bias": bias,
-            "experts_per_token": sizes.chosen,
-        }
-        yield Case(
-            "norm_router",
-            "sparse layer",
-            "dense",
-            tokens,
-            draw.dtype,
-            norm_router,
-            inputs,
-            (0, "x"),
-        )
+    gates = {"dense": draw.dense(*shape), f"{GATE_BITS}-bit": draw.packed(*shape, bits=GATE_BITS)}
+    for weights, gate in gates.items():
+        for tokens in sizes.tokens:
+            inputs = {
+                "x": decided(draw, sizes, norm_weight, gate, bias, tokens),
+                "norm_weight": norm_weight,
+                "eps": EPS,
+                "gate": gate,
+                "expert_bias": bias,
+                "experts_per_token": sizes.chosen,
+            }
+            yield Case(
+                "norm_router", "sparse layer", weights, tokens, draw.dtype, norm_router, inputs,
+                (0, "x"),
+            )  # fmt: skip
 
 
 def decided(
