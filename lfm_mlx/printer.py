@@ -9,6 +9,14 @@ from lfm_mlx import chat
 
 DIM, CYAN, PLAIN = "\x1b[2m", "\x1b[36m", "\x1b[0m"
 STYLES = {chat.THINKING: DIM, chat.TOOL_CALL: CYAN, chat.TEXT: ""}
+# Control characters, which could move the cursor or recolour the terminal, as pictures of them.
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
+PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+def harmless(text: str) -> str:
+    """The text with its control characters made visible."""
+    return text.translate(PICTURES)
 
 
 class Printer:
@@ -33,7 +41,7 @@ class Printer:
             return
         if segment.begins:
             self.change(segment.kind)
-        sys.stdout.write(segment.text)
+        sys.stdout.write(harmless(segment.text) if self.styled else segment.text)
         sys.stdout.flush()
 
     def change(self, kind: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from lfm_mlx import generate, memory, printer
+from lfm_mlx import chat, generate, memory, printer
 from lfm_mlx.command import BAD_INPUT, INTERRUPTED, InputError
 from lfm_mlx.hub import DEMO_FOLDER
 from lfm_mlx.load import load_tokenizer
@@ -173,6 +173,17 @@ def test_a_terminal_sees_dim_thinking() -> None:
     assert "think>" not in shown
     assert "85" in answer
     assert b"\r" not in run.stderr, "a progress bar where there is no terminal"
+
+
+def test_the_model_cannot_steer_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_terminal, shown in ((True, "a␛]0;␇\tb\n"), (False, "a\x1b]0;\x07\tb\n")):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
+        printed = printer.Printer(show_thinking=True)
+        printed.segment(chat.Segment(chat.TEXT, "a\x1b]0;\x07\tb"))
+        printed.end()
+        assert capsys.readouterr().out == shown
 
 
 def test_ctrl_c_ends_with_the_statistics() -> None:

@@ -13,14 +13,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment as Drawn
 from rich.text import Text
 
-# Control characters, which could move the cursor or recolour the terminal, as pictures of them.
-PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def harmless(text: str) -> str:
-    """The text with its control characters made visible."""
-    return text.translate(PICTURES)
+from lfm_mlx.printer import harmless
 
 
 class Block(Protocol):

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable
 
 from lfm_mlx.chat import Segment
-from lfm_mlx.printer import Printer
+from lfm_mlx.printer import Printer, harmless
 
 
 class Plain:
@@ -36,10 +36,10 @@ class Plain:
             printer.end()
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        print(harmless(text) if sys.stdout.isatty() else text, flush=True)
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(harmless(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
 
 
 def line() -> str:

@@ -73,7 +73,8 @@ class Responder:
         speed = self.statistics.generated_tokens_per_second
         share = self.context / self.longest_context
         used = f"{self.context} of {self.longest_context} tokens ({share:.0%})"
-        return f"{speed:.1f} tokens/s · context {used}"
+        cut = " · cut short by --max-tokens" if self.statistics.finish_reason == "length" else ""
+        return f"{speed:.1f} tokens/s · context {used}{cut}"
 
     def report(self) -> str:
         """The last answer's statistics in full."""

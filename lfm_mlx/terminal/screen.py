@@ -12,7 +12,8 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from lfm_mlx import chat
-from lfm_mlx.terminal.blocks import Block, Called, Prose, Tail, Thought, harmless
+from lfm_mlx.printer import harmless
+from lfm_mlx.terminal.blocks import Block, Called, Prose, Tail, Thought
 
 REDRAWS_PER_SECOND = 12
 

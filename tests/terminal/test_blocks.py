@@ -11,7 +11,8 @@ from rich.console import Console, RenderableType
 from rich.markdown import Markdown
 from rich.text import Text
 
-from lfm_mlx.terminal.blocks import Called, Prose, Tail, Thought, harmless, markdown_blocks
+from lfm_mlx.printer import harmless
+from lfm_mlx.terminal.blocks import Called, Prose, Tail, Thought, markdown_blocks
 
 DOCUMENT = """# A title
 

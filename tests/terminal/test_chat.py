@@ -35,6 +35,11 @@ def test_lines_go_in_and_text_comes_out() -> None:
     assert "tokens/s · context" in run.stderr
 
 
+def test_an_answer_that_was_cut_short_says_so() -> None:
+    run = piped("Hello\nHello\n", "--max-tokens", "3")
+    assert run.stderr.count("cut short by --max-tokens") == 2
+
+
 def test_tools_run_after_a_yes_and_the_model_tells_their_result() -> None:
     asked = piped("What is 345 * 12?\ny\n", "--tools", EXAMPLE)
     assert "run calculator(expression='345 * 12')? [y]es" in asked.stderr
