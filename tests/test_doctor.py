@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -37,11 +38,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 @pytest.fixture
 def metal_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Metal, or the harness in its place on a machine that has memory as a CPU has."""
-    if not metal.available():
-        there = memory.device_bytes()
-        monkeypatch.setattr(memory, "device_bytes", lambda: there)
-        monkeypatch.setattr(memory, "wired_limit", contextlib.nullcontext)
-    with twins.kernels(checked=False):
+    if metal.available():
+        yield
+        return
+    there = memory.device_bytes()
+    monkeypatch.setattr(memory, "device_bytes", lambda: there)
+    monkeypatch.setattr(memory, "wired_limit", contextlib.nullcontext)
+    # The harness cannot compile: what is exact must not leave that switched on.
+    with twins.kernels(checked=False), mock.patch.object(mx, "enable_compile"):
         yield
 
 
@@ -227,6 +231,15 @@ def test_the_clock_counts_a_run_of_a_chain(monkeypatch: pytest.MonkeyPatch) -> N
     took = trial.microseconds({"operations": case.with_operations}, case, 3)
     assert lengths == [1, 1, 50, 50, 50], "once to warm up, once for the length, then the rounds"
     assert took == {"operations": pytest.approx(1000)}
+
+
+def test_what_is_exact_leaves_compilation_on() -> None:
+    (case, *_) = cases(TINY, mx.float32, ["short_conv"])
+    case.exact()
+    traced = []
+    doubled = mx.compile(lambda x: traced.append(None) or x * 2)
+    mx.eval(doubled(mx.ones(3)), doubled(mx.ones(3)))
+    assert len(traced) == 1
 
 
 def test_errors_are_judged_by_what_the_operations_do() -> None:
