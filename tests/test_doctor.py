@@ -65,7 +65,7 @@ def test_every_kernel_is_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert {row["kernel"] for row in record["findings"]} == set(metal.OPERATIONS)
     assert {row["verdict"] for row in record["findings"]} == {"ok"}
-    assert all(row["relative_error"] < 1e-5 for row in record["findings"])
+    assert all(0 <= row["relative_error"] <= 1e-4 for row in record["findings"])
     assert sum(line.endswith("  ok") for line in lines) == len(record["findings"])
     assert "none is slower than the operations" in "\n".join(lines)
     assert record["wrong"] == record["does_not_run"] == record["slower"] == []
