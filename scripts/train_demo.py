@@ -3,7 +3,7 @@
 The trained model is Hugging Face's own `Lfm2MoeForCausalLM`: a checkpoint that owes nothing to this
 package's reading of the architecture, and can therefore judge it. Nothing is downloaded.
 
-    python scripts/train_demo.py --out lfm_mlx/demo --minutes 45
+    python scripts/train_demo.py --out lfm_mlx/demo
 
 Ctrl-C writes a checkpoint and ends; `--resume` goes on from it.
 """
@@ -76,8 +76,8 @@ class Settings:
     """What a run depends on besides the conversations themselves."""
 
     seed: int = 0
-    steps: int = 7200
-    minutes: float = 50.0
+    steps: int = 17000
+    minutes: float = 120.0
     batch_tokens: int = 2048
     vocabulary: int = 2048
     learning_rate: float = 1.5e-3

@@ -19,9 +19,12 @@ from lfm_mlx.quantize import Packing, Recipe
 # What Hugging Face's implementation answered greedily in float32, as token ids; by train_demo.
 FROZEN = json.loads((FIXTURES / "demo_answers.json").read_text(encoding="utf-8"))["entries"]
 # Held-out examples of each kind, and the least share that must be answered exactly: what was
-# measured on 200 of them, less three standard deviations of 40. The aim for tool calls is 0.95.
+# measured on 200 of them, less three standard deviations of 40.
 COUNT = 40
-LEAST = {"sum": 0.92, "tool_call": 0.76, "tool_answer": 0.9, "fact": 0.95, "greeting": 0.95}
+LEAST = {
+    "sum": 0.94, "tool_call": 0.86, "tool_answer": 0.95, "copy": 0.83, "fact": 0.95,
+    "greeting": 0.95, "sentiment": 0.95, "decline": 0.95,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
