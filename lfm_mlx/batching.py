@@ -18,6 +18,8 @@ from lfm_mlx.sample import Sampler, Sampling
 
 # Prompts that are read at a time, while the other rows wait.
 READ_TOGETHER = 8
+# Rows that are put in order, the shortest prompt first: those read together are padded to be equal.
+IN_ORDER = 64
 
 
 @dataclass
@@ -78,7 +80,7 @@ def decode_rows(
         model, stop_tokens=[[token] for token in stop_ids], completion_batch_size=size,
         prefill_batch_size=min(size, READ_TOGETHER),
     )  # fmt: skip
-    waiting = iter(rows)
+    waiting = _shortest_first(rows)
     running: dict[int, Row] = {}
     try:
         while True:
@@ -95,6 +97,12 @@ def decode_rows(
                     yield row
     finally:
         generator.close()
+
+
+def _shortest_first(rows: Iterable[Row]) -> Iterator[Row]:
+    rows = iter(rows)
+    while group := list(islice(rows, IN_ORDER)):
+        yield from sorted(group, key=lambda row: len(row.prompt))
 
 
 def _insert(

@@ -5,7 +5,7 @@ can change how the one before it looks. An unclosed fence or emphasis is drawn a
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -14,6 +14,9 @@ from rich.segment import Segment as Drawn
 from rich.text import Text
 
 from lfm_mlx.printer import harmless
+
+# Characters of a long thought that are drawn again and again while it goes on.
+LONGEST_OPEN = 8000
 
 
 class Block(Protocol):
@@ -84,13 +87,16 @@ class Thought:
         return iter(())
 
     def open(self) -> RenderableType:
-        return Text(self._text.strip(), style="dim") if self._shown else self._folded("thinking …")
+        if not self._shown:
+            return self._folded("thinking …")
+        return Text(self._text[-LONGEST_OPEN:].strip(), style="dim")
 
     def close(self) -> Iterator[RenderableType]:
         if not self._text.strip():
             return
         seconds = time.monotonic() - self._began
-        yield self.open() if self._shown else self._folded(f"thought for {seconds:.1f} s")
+        whole = Text(self._text.strip(), style="dim")
+        yield whole if self._shown else self._folded(f"thought for {seconds:.1f} s")
         yield ""
 
     def _folded(self, what: str) -> Text:
@@ -115,14 +121,14 @@ class Called:
 
 
 class Tail:
-    """The last lines of what is open, as many as fit on the screen, with the status below."""
+    """What is open of a block whenever it is drawn: its last lines, and the status below them."""
 
-    def __init__(self, content: RenderableType, status: str):
-        self._content, self._status = content, status
+    def __init__(self, block: Block, status: Callable[[], str]):
+        self._block, self._status = block, status
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._content, options.update(height=None), pad=False)
+        lines = console.render_lines(self._block.open(), options.update(height=None), pad=False)
         for line in lines[-max(1, console.height - 2) :]:
             yield from line
             yield Drawn.line()
-        yield Text(self._status, style="dim")
+        yield Text(f"{self._status()} · Ctrl-C stops", style="dim")

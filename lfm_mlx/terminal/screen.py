@@ -52,20 +52,25 @@ class Screen:
     def show(self, segments: Iterable[chat.Segment]) -> None:
         block: Block = Prose()
         with Live(
-            console=self._console, transient=True, refresh_per_second=REDRAWS_PER_SECOND
-        ) as live:
+            Tail(block, self._status), console=self._console, transient=True,
+            refresh_per_second=REDRAWS_PER_SECOND,
+        ) as live:  # fmt: skip
             try:
                 for segment in segments:
                     if segment.begins:
-                        self._settle(block.close())
+                        self._close(live, block)
                         block = self._block(segment.kind)
+                        live.update(Tail(block, self._status))
                     self._settle(block.add(segment.text))
                     if segment.reason:
                         self.note(f"(no call: {segment.reason})")
-                    live.update(Tail(block.open(), f"{self._status()} · Ctrl-C stops"))
             finally:
-                self._settle(block.close())
-                live.update("")
+                self._close(live, block)
+
+    def _close(self, live: Live, block: Block) -> None:
+        """Settle the block, whose open lines would else be drawn once more below it."""
+        live.update("")
+        self._settle(block.close())
 
     def _settle(self, settled: Iterable[RenderableType]) -> None:
         for drawing in settled:

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 from rich.markdown import Markdown
-from rich.text import Text
 
 from lfm_mlx.printer import harmless
 from lfm_mlx.terminal.blocks import Called, Prose, Tail, Thought, markdown_blocks
@@ -127,7 +126,11 @@ def test_thoughts_are_dim_or_folded() -> None:
 
 
 def test_the_tail_of_what_is_open_fits_on_the_screen() -> None:
-    drawn = printed(Tail(Text("\n".join(map(str, range(100)))), "the status"))
-    lines = [line for line in drawn.splitlines() if line.strip()]
+    block = Thought(True)
+    tail = Tail(block, lambda: "the status")
+    assert [*block.add("\n".join(map(str, range(10_000))))] == []
+    lines = [line for line in printed(tail).splitlines() if line.strip()]
     assert len(lines) == 19
-    assert lines[-2:] == ["99", "\x1b[2mthe status\x1b[0m"]
+    assert "9999" in lines[-2]
+    assert "the status · Ctrl-C stops" in lines[-1]
+    assert "\n5000" in printed(*block.close()).replace("\x1b[2m", "\n"), "in the end all is there"
