@@ -1,8 +1,10 @@
 """A chat on a pseudo-terminal, seen as a person sees it: as lines on a screen."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pexpect
@@ -35,23 +37,32 @@ class Terminal:
 
     def wait_for(self, text: str, count: int = 1) -> str:
         """Wait until `text` stands there `count` times; returns all that stands there."""
-        end = time.monotonic() + PATIENCE
-        while self.shown().count(text) < count:
-            assert time.monotonic() < end, f"{text!r} never came:\n{self.shown()}"
-            try:
-                self.stream.feed(self.process.read_nonblocking(4096, timeout=0.2))
-            except pexpect.TIMEOUT:
-                continue
-            except pexpect.EOF:
-                break
-        assert self.shown().count(text) >= count, f"{text!r} never came:\n{self.shown()}"
+        self._read_until(lambda: self.shown().count(text) >= count, repr(text))
         return self.shown()
+
+    def wait_for_prompt(self) -> None:
+        """Wait until a message can be typed: there is nothing below the prompt but the status."""
+
+        def ready() -> bool:
+            lines = [line.rstrip() for line in self.screen.display if line.strip()]
+            return lines[-2:-1] == [">"] and "tokens/s · context" in lines[-1]
+
+        self._read_until(ready, "the prompt")
+
+    def _read_until(self, reached: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while not reached():
+            assert time.monotonic() < end, f"{what} never came:\n{self.shown()}"
+            with contextlib.suppress(pexpect.TIMEOUT):
+                self.stream.feed(self.process.read_nonblocking(4096, timeout=0.2))
 
     def type(self, text: str) -> None:
         self.process.send(text)
 
     def enter(self, text: str) -> None:
-        self.process.send(text + "\r")
+        """Type a message, once there is a prompt for it."""
+        self.wait_for_prompt()
+        self.type(text + "\r")
 
     def exit_code(self) -> int | None:
         self.process.expect(pexpect.EOF)

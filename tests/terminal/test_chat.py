@@ -114,10 +114,9 @@ def test_what_a_terminal_needs_is_said() -> None:
 
 def test_a_person_at_a_terminal(tmp_path: Path) -> None:
     with Terminal(tmp_path, "--tools", EXAMPLE) as terminal:
-        terminal.wait_for("tokens/s · context 0 of")
         terminal.enter("What is 345 * 12?")
         terminal.wait_for("[a]lways:")
-        terminal.enter("y")
+        terminal.type("y\r")
         shown = terminal.wait_for("345 * 12 = 4140.")
         assert "think>" not in shown, "thoughts are dim, not between tags"
         assert "I call calculator." in shown
@@ -125,13 +124,13 @@ def test_a_person_at_a_terminal(tmp_path: Path) -> None:
         terminal.wait_for("thoughts are folded away")
         terminal.enter("What is the weather in Oslo?")
         terminal.wait_for("[a]lways:", 2)
-        terminal.enter("a")
+        terminal.type("a\r")
         assert "▸ thought for" in terminal.wait_for("It is -3 degrees and snowy in Oslo.")
         terminal.enter("/undo")
         terminal.wait_for("taken back: What is the weather in Oslo?")
         terminal.enter("/edit")
         terminal.wait_for("> What is 345 * 12?", 2)
-        terminal.enter("\x7f" * 3 + "13?")
+        terminal.type("\x7f" * 3 + "13?\r")
         terminal.wait_for('calculator: {"result": 4485}')
         terminal.enter("/exit")
         assert terminal.exit_code() == DONE
@@ -139,7 +138,7 @@ def test_a_person_at_a_terminal(tmp_path: Path) -> None:
 
 def test_keys_at_a_terminal(tmp_path: Path) -> None:
     with Terminal(tmp_path, *ENDLESS) as terminal:
-        terminal.wait_for("context 0 of")
+        terminal.wait_for_prompt()
         terminal.type("first\x1b\rsecond")
         assert "first\n  second" in terminal.wait_for("second")
         terminal.type("\x03")
@@ -148,6 +147,7 @@ def test_keys_at_a_terminal(tmp_path: Path) -> None:
         terminal.wait_for("Ctrl-C stops")
         terminal.type("\x03")
         terminal.wait_for("stopped")
+        terminal.wait_for_prompt()
         terminal.type("\x1b[A")
         terminal.wait_for("> Go on for ever", 2)
         terminal.type("\x03\x04")
