@@ -35,12 +35,12 @@ class Growing:
     def step(self) -> int:
         return max(256, self.offset // 16 // 256 * 256)
 
-    def trim(self, count: int) -> int:
-        if count < 0:
-            raise InputError(f"cannot go back by {count} tokens; expected 0 or more")
-        count = min(count, self.offset)
-        self.offset -= count
-        return count
+    def trim(self, n: int) -> int:
+        if n < 0:
+            raise InputError(f"cannot go back by {n} tokens; expected 0 or more")
+        n = min(n, self.offset)
+        self.offset -= n
+        return n
 
 
 class GrowingQuantizedKVCache(Growing, QuantizedKVCache):  # pyright: ignore[reportIncompatibleVariableOverride]
