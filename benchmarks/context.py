@@ -129,7 +129,7 @@ def plot(rows: list[dict[str, float]]) -> str:
     for power in range(round(math.log10(low)), round(math.log10(high)) + 1):
         height = y(10**power)
         parts.append(f'<path d="M70 {height:.1f}H610" stroke="#ddd"/>')
-        parts.append(text(64, height + 4, f"{10**power:,} µs", 'text-anchor="end"'))
+        parts.append(text(64, height + 4, f"{10 ** (power - 3):g} ms", 'text-anchor="end"'))
     for row in rows:
         tokens = row["context_tokens"]
         parts.append(text(x(tokens), 358, f"{tokens // 1000} K", 'text-anchor="middle"'))
