@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from model.test_decoder import ODD
 from test_rewind import CONFIGS, build, draw
 
-from lfm_mlx import Model
+from lfm_mlx import Config, Model
 from lfm_mlx.cache import stored_length
 from lfm_mlx.decode import Step, decode
 from lfm_mlx.lookup import Lookup
@@ -221,9 +221,13 @@ class Table:
     """A model whose next token depends on the last one."""
 
     VOCABULARY = 6
+    SHAPE: ClassVar = {
+        "vocab_size": VOCABULARY, "max_position_embeddings": 100, "num_hidden_layers": 1,
+        "num_dense_layers": 1, "layer_types": ["full_attention"],
+    }  # fmt: skip
 
     def __init__(self) -> None:
-        self.config = SimpleNamespace(vocab_size=self.VOCABULARY, max_position_embeddings=100)
+        self.config = Config.from_dict(ODD | self.SHAPE)
         shape = (self.VOCABULARY, self.VOCABULARY)
         self.logits = mx.array(np.random.default_rng(3).normal(size=shape).astype(np.float32))
 
