@@ -602,7 +602,7 @@ def train(model: str, folder: Path, **options: object) -> list[float]:
     lora = import_module("mlx_lm.lora")
     settings = {
         "model": model, "train": True, "data": str(data), "adapter_path": str(folder / "adapters"),
-        "iters": 6, "batch_size": 2, "num_layers": 3, "learning_rate": 3e-3, "steps_per_report": 1,
+        "iters": 12, "batch_size": 2, "num_layers": 3, "learning_rate": 3e-3, "steps_per_report": 1,
         "val_batches": 1, "report_to": None,
     }  # fmt: skip
     arguments = types.SimpleNamespace(**(lora.CONFIG_DEFAULTS | settings | options))
