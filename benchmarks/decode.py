@@ -165,7 +165,6 @@ def record(
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         description=__doc__,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

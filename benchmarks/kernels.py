@@ -29,7 +29,7 @@ from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 from tqdm import tqdm
 
-from lfm_mlx.command import run
+from lfm_mlx.command import Parser, run
 from lfm_mlx.kernels import metal
 from lfm_mlx.kernels.cases import Arrays, Case, Inputs, Run, Sizes, cases
 from lfm_mlx.kernels.matrix import Matrix
@@ -225,9 +225,7 @@ def cell(row: dict[str, Any], way: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--quick", action="store_true", help="without the head's shapes")
     add("--dtype", choices=DTYPES, help="default: bfloat16; float32 on a CPU")

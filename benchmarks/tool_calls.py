@@ -17,7 +17,7 @@ from typing import Any
 from mlx_lm.tool_parsers.pythonic import parse_tool_call
 
 from lfm_mlx import chat
-from lfm_mlx.command import run
+from lfm_mlx.command import Parser, run
 
 SHAPES = Path(__file__).parents[1] / "tests" / "tool_call_shapes.py"
 Calls = list[tuple[str, Any]] | None
@@ -60,6 +60,7 @@ def written(calls: Calls) -> str:
 
 
 def main() -> None:
+    Parser(description=__doc__).parse_args()
     table = runpy.run_path(str(SHAPES))
     shapes, tools = table["SHAPES"], table["TOOLS"]
     score = {name: dict.fromkeys((*COUNTS, "lost", "wrong"), 0) for name in PARSERS}

@@ -26,7 +26,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from lfm_mlx import chat, memory
-from lfm_mlx.command import DONE, run
+from lfm_mlx.command import DONE, Parser, run
 from lfm_mlx.decode import decode
 from lfm_mlx.hub import resolve
 from lfm_mlx.kernels import metal
@@ -157,10 +157,7 @@ def show_decodings(name: str, found: dict[str, Any]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lfm_mlx.doctor", description="Examine the kernels on this machine.",
-        allow_abbrev=False,
-    )  # fmt: skip
+    parser = Parser(prog="lfm_mlx.doctor", description="Examine the kernels on this machine.")
     add = parser.add_argument
     add("--quick", action="store_true", help="without the head's shapes, and fewer tokens")
     add("--dtype", choices=DTYPES, help="of activations (default: each)")

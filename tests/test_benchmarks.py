@@ -1,6 +1,9 @@
 """Benchmarks count what there is to count, and compare what gives the same."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +19,20 @@ TINY = Sizes(
     hidden=64, dense=128, expert=64, experts=8, chosen=2, heads=4, kv_heads=2, head_dim=16,
     vocab=96, tokens=(1, 3), prompt=19,
 )  # fmt: skip
+
+
+ROOT = Path(__file__).parents[1]
+# Those that need what the package's environment has not are left out.
+FILES = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")])
+LIBRARIES = {"demo_conversations", "model_card", "train_demo", "make_reference"}
+PROGRAMS = [file for file in FILES if file.stem not in LIBRARIES]
+
+
+@pytest.mark.parametrize("file", PROGRAMS, ids=lambda file: file.stem)
+def test_every_program_tells_its_options(file: Path) -> None:
+    done = subprocess.run([sys.executable, str(file), "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
 
 
 @pytest.mark.parametrize(("engine", "of_a_token"), [("kernels", 170), ("mlx-lm", 723)])

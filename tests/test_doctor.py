@@ -11,7 +11,7 @@ import pytest
 import twins
 
 from lfm_mlx import doctor, memory
-from lfm_mlx.command import run
+from lfm_mlx.command import InputError, run
 from lfm_mlx.kernels import experts, metal, short_conv, trial
 from lfm_mlx.kernels.cases import Case, Run, Sizes, cases, wide
 
@@ -182,7 +182,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(
 
 
 def test_a_kernel_that_is_not_known_is_refused() -> None:
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(InputError, match="invalid choice: 'fast'"):
         doctor.main(["--kernel", "fast"], TINY)
 
 
