@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -37,6 +38,10 @@ from lfm_mlx.conv_window import ConvWindow
 from lfm_mlx.kernels import metal
 from lfm_mlx.sample import Sampler
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
+from make_random_checkpoint import FULL
+
 VIEWS = {
     *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "ExpandDims", "Flatten"),
     *("Reshape", "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
@@ -46,17 +51,6 @@ EDGE = re.compile(r"-> (\d+)$", re.M)
 # Apple's published memory bandwidth, GB/s.
 CHIPS = {"M1": 68, "M2": 100, "M3": 100, "M4": 120, "M1 Pro": 200, "M3 Pro": 150, "M4 Pro": 273,
          "M1 Max": 400, "M4 Max": 546, "M3 Ultra": 819}  # fmt: skip
-ATTENTION = (2, 6, 10, 14, 18, 21)
-FULL = {
-    "model_type": "lfm2_moe", "vocab_size": 128000, "hidden_size": 2048, "intermediate_size": 7168,
-    "moe_intermediate_size": 1792, "num_hidden_layers": 24, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "max_position_embeddings": 128000, "norm_eps": 1e-5,
-    "conv_L_cache": 3, "conv_bias": False, "num_dense_layers": 2, "num_experts": 32,
-    "num_experts_per_tok": 4, "norm_topk_prob": True, "use_expert_bias": True,
-    "routed_scaling_factor": 1.0, "tie_word_embeddings": True,
-    "layer_types": ["full_attention" if i in ATTENTION else "conv" for i in range(24)],
-    "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"},
-}  # fmt: skip
 # How often the full model has each kind.
 NUMBERS = {
     "conv layer": 18, "attention layer": 6, "sparse feed-forward": 22, "dense feed-forward": 2,

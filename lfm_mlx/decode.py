@@ -96,10 +96,10 @@ def decode(
         if index == 1 and progress is not None:
             mx.eval(token)
             progress(len(prompt), len(prompt))
-        current = int(_number(token))
+        current = int(number(token))
         stopped = current in stop_ids
         reason = "stop" if stopped else "length" if following is None else None
-        yield Step(current, _number(logprob), reason)
+        yield Step(current, number(logprob), reason)
         if stopped or following is None:
             return
         token, logprob = following
@@ -118,11 +118,11 @@ def _draw(
         return sampler(logits)
     mx.async_eval(logits)
     if token is not None:
-        constraint.advance(int(_number(token)))
+        constraint.advance(int(number(token)))
     return sampler(logits, constraint.allowed())
 
 
-def _number(array: mx.array) -> float:
+def number(array: mx.array) -> float:
     return array.item()  # pyright: ignore[reportReturnType] - real numbers only
 
 

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -35,7 +34,7 @@ from lfm_mlx.kernels.opinion import opinions, setting_without
 from lfm_mlx.kernels.trial import DOES_NOT_RUN, WRONG, Finding, examine
 from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes, open_checkpoint
 from lfm_mlx.model import Model
-from lfm_mlx.model_options import at_least_one
+from lfm_mlx.model_options import LOADING, at_least_one
 
 FAULT = 1
 QUESTION = "What is 27 + 58?"
@@ -49,7 +48,7 @@ def facts() -> dict[str, Any]:
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
     return {
         "chip": mx.device_info().get("device_name"),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory.machine_bytes(),
         "system": system,
         "python": platform.python_version(),
         "mlx": version("mlx"),
@@ -180,10 +179,9 @@ class Decoder:
 
     def measure(self, left_out: Collection[str], tokens: int, rounds: int) -> dict[str, Any]:
         """`decodings` of the kernels that may run and are not left out."""
-        loading = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
         kernels = metal.chosen() - set(left_out)
         with memory.wired_limit():
-            model = load_model(self.folder, dtype=self.dtype, use_kernels=kernels, progress=loading)
+            model = load_model(self.folder, dtype=self.dtype, use_kernels=kernels, progress=LOADING)
             return decodings(model, self.prompt, tokens, rounds)
 
 

@@ -20,6 +20,11 @@ def device_bytes() -> int:
     """What the model may fill: Metal's recommended working set, else the machine's memory."""
     if metal.available():
         return int(mx.device_info()["max_recommended_working_set_size"])
+    return machine_bytes()
+
+
+def machine_bytes() -> int:
+    """The machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -17,6 +17,9 @@ from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_by
 from lfm_mlx.model import Model
 from lfm_mlx.sample import Sampling
 
+# The bar of `load_model`, on a terminal.
+LOADING = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
+
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("how tokens are drawn").add_argument
@@ -69,9 +72,8 @@ class Chosen:
 
     def load(self) -> Model:
         """The model, with a progress bar on a terminal."""
-        loading = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
         return load_model(
-            self.folder, dtype=self.args.dtype, check=self.args.check, progress=loading
+            self.folder, dtype=self.args.dtype, check=self.args.check, progress=LOADING
         )
 
 

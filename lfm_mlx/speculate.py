@@ -21,6 +21,7 @@ from lfm_mlx.decode import (
     PREFILL_CHUNK,
     Step,
     check_prompt,
+    number,
     prefill,
     read,
     room_for_answer,
@@ -145,7 +146,7 @@ class Speculation:
         """
         if left < 3 or not self.lookup.promising() or not self.trimmable():
             return [], False
-        value = int(_number(token))
+        value = int(number(token))
         draft = self.lookup.draft(value, left - 2)
         ends = [index for index, drafted in enumerate([value, *draft]) if drafted in self.stop_ids]
         return draft[: ends[0]] if ends else draft, True
@@ -178,10 +179,6 @@ class Speculation:
         return accepted
 
     def step(self, done: Pass, index: int, last: bool = False) -> Step:
-        token = int(_number(done.tokens[index]))
+        token = int(number(done.tokens[index]))
         reason = "stop" if token in self.stop_ids else "length" if last else None
-        return Step(token, _number(done.logprobs[index]), reason)
-
-
-def _number(array: mx.array) -> float:
-    return array.item()  # pyright: ignore[reportReturnType] - real numbers only
+        return Step(token, number(done.logprobs[index]), reason)

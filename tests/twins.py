@@ -10,7 +10,7 @@ import pytest
 from metal_host import available, installed, refusal
 from models import as_numpy
 
-from lfm_mlx.kernels import metal
+from lfm_mlx.kernels import cases, metal
 from lfm_mlx.kernels.matrix import Matrix
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
@@ -50,10 +50,7 @@ def wide(value: Any) -> Any:
     """The same values in float32: of an array, a matrix or a dictionary of arrays."""
     if isinstance(value, dict):
         return {name: wide(part) for name, part in value.items()}
-    if isinstance(value, Matrix):
-        return Matrix(*(wide(part) for part in value[:3]), *value[3:])
-    floating = isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-    return value.astype(mx.float32) if floating else value
+    return cases.wide(value)
 
 
 def unpacked(packed: Matrix) -> np.ndarray:

@@ -29,12 +29,12 @@ class Stretch:
     def __init__(self, model: Any, attention: Any, following: Any, kernels: Kernels):
         layers = model.layers
         begin = 0 if attention is None else attention + 1
-        self.end = len(layers) if following is None else following
+        end = len(layers) if following is None else following
         # The model has its step: without a weak reference neither would be freed at once.
         self.model, self.kernels = weakref.proxy(model), kernels
-        self.windows = range(begin, self.end)
+        self.windows = range(begin, end)
         self.attention = None if attention is None else layers[attention]
-        self.between = layers[begin : self.end]
+        self.between = layers[begin:end]
         self.following = None if following is None else layers[following]
         self.run = mx.compile(self.traced)
 
@@ -129,12 +129,8 @@ def reachable(container: Any) -> Iterator[tuple[Any, Any, Any]]:
 
 def is_step(tokens: mx.array, cache: Sequence[Any]) -> bool:
     """Whether `tokens` [B, L] are one more each, after windows that are there and not padded."""
-    return (
-        tokens.shape[1] == 1
-        and cache is not None
-        and all(
-            entry.window is not None and entry.left_padding is None and entry.lengths is None
-            for entry in cache
-            if isinstance(entry, ConvWindow)
-        )
+    return tokens.shape[1] == 1 and all(
+        entry.window is not None and entry.left_padding is None and entry.lengths is None
+        for entry in cache
+        if isinstance(entry, ConvWindow)
     )
