@@ -19,11 +19,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx import Model, chat, load
-from lfm_mlx.batching import Row, decode_rows
-from lfm_mlx.command import InputError, Parser, run
-from lfm_mlx.decode import decode
-from lfm_mlx.sample import GREEDY
+from lfm_mlx import Model, chatml, load
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.engine.batching import Row, decode_rows
+from lfm_mlx.engine.decode import decode
+from lfm_mlx.engine.sample import GREEDY
+from lfm_mlx.errors import InputError
 
 CONVERSATIONS = Path(__file__).parents[1] / "scripts" / "demo_conversations.py"
 KINDS = ("sum", "tool_call", "tool_answer", "copy", "fact", "greeting")
@@ -36,7 +37,7 @@ def prompts_of(tokenizer: Any, count: int) -> list[list[int]]:
     by_kind = [held_out(kind, count) for kind in KINDS]
     examples = [example for group in zip(*by_kind, strict=True) for example in group]
     return [
-        chat.render(tokenizer, example.messages, tools=example.tools, date=example.date)
+        chatml.render(tokenizer, example.messages, tools=example.tools, date=example.date)
         for example in examples[:count]
     ]
 
@@ -55,7 +56,7 @@ def together(
 ) -> Answers:
     rows = [Row(at, prompt, limit) for at, prompt in enumerate(prompts)]
     done = decode_rows(model, rows, stop_ids=stop_ids, sampling=GREEDY, size=size)
-    return {row.key: row.tokens for row in done}
+    return {row.key: [step.token for step in row.steps] for row in done}
 
 
 def measure(args: argparse.Namespace) -> dict[int, dict[str, float]]:

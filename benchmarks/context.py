@@ -26,8 +26,10 @@ import mlx.core as mx
 from memory import filled_cache
 
 from lfm_mlx import Config, Model
-from lfm_mlx.cache import arrays, rewind
-from lfm_mlx.command import InputError, Parser, run
+from lfm_mlx.cache.cache import cache_state
+from lfm_mlx.cache.rewind import rewind
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.errors import InputError
 
 ATTENTION = (2, 6, 10, 14, 18, 21)
 LENGTHS = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 128000)
@@ -63,7 +65,7 @@ def read(model: Model, cache: list[Any], count: int) -> float:
     """Seconds."""
     began = time.perf_counter()
     logits = model(mx.zeros((1, count), mx.int32), cache)[:, -1]
-    mx.eval(logits, arrays(cache))
+    mx.eval(logits, cache_state(cache))
     return time.perf_counter() - began
 
 

@@ -22,11 +22,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from lfm_mlx import memory
-from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.command import InputError, Parser, run
+from lfm_mlx import device
+from lfm_mlx.checkpoint.folder import Checkpoint
+from lfm_mlx.checkpoint.hub import resolve
+from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.config import Config
-from lfm_mlx.hub import resolve
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import DTYPES, as_dtype, load_model
 
 # Each engine: who runs, and in which dtype; None is what that engine takes by default.
@@ -49,7 +50,7 @@ def random_prompt(config: Config, count: int) -> list[int]:
 
 
 def load_ours(folder: Path, dtype: str | None) -> Callable[[list[int], int], Iterator[int]]:
-    from lfm_mlx.decode import decode
+    from lfm_mlx.engine.decode import decode
 
     model = load_model(folder, dtype=dtype)
     return lambda prompt, count: (s.token for s in decode(model, prompt, max_tokens=count))
@@ -85,7 +86,7 @@ def measure(engine: Engine, folder: Path, prompt_tokens: int, tokens: int) -> di
         "prompt_tokens_per_second": prompt_tokens / first,
         "time_to_first_token_seconds": first,
         "generated_tokens_per_second": (tokens - 1) / (stamps[-1] - stamps[0]),
-        "peak_memory_bytes": memory.peak_bytes(),
+        "peak_memory_bytes": device.peak_bytes(),
     }
 
 

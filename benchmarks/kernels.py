@@ -29,13 +29,13 @@ from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
 from tqdm import tqdm
 
-from lfm_mlx.command import Parser, run
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.cli.model_options import at_least_one
+from lfm_mlx.doctor.cases import Arrays, Case, Inputs, Run, Sizes, cases
+from lfm_mlx.doctor.measure import attempt, microseconds
 from lfm_mlx.kernels import metal
-from lfm_mlx.kernels.cases import Arrays, Case, Inputs, Run, Sizes, cases
 from lfm_mlx.kernels.matrix import Matrix
-from lfm_mlx.kernels.trial import attempt, microseconds
 from lfm_mlx.load import DTYPES, as_dtype
-from lfm_mlx.model_options import at_least_one
 
 REAL = Sizes()
 WAYS = ("kernel", "operations", "mlx-lm")

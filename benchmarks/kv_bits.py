@@ -19,9 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from lfm_mlx import Model
-from lfm_mlx.command import InputError, Parser, run
-from lfm_mlx.decode import decode, prefill, read
-from lfm_mlx.keys_values import BITS, Packing
+from lfm_mlx.cache.keys_values import BITS, KVQuantization
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.engine.decode import Reading, decode, prefill, read
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import DTYPES, load
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -50,19 +51,27 @@ class Tally:
 
 
 def answered(
-    model: Model, prompt: list[int], stops: set[int], packing: Packing | None
+    model: Model, prompt: list[int], stops: set[int], packing: KVQuantization | None
 ) -> list[int]:
-    steps = decode(model, prompt, max_tokens=LONGEST_ANSWER, stop_ids=stops, packing=packing)
+    steps = decode(
+        model,
+        prompt,
+        max_tokens=LONGEST_ANSWER,
+        stop_ids=stops,
+        reading=Reading(kv_quantization=packing),
+    )
     return [step.token for step in steps]
 
 
-def logprobs(model: Model, prompt: list[int], answer: list[int], packing: Packing | None) -> Any:
+def logprobs(
+    model: Model, prompt: list[int], answer: list[int], packing: KVQuantization | None
+) -> Any:
     """The log-probabilities of what follows each token of the answer, [L, V].
 
     The prompt is read in one pass and the answer in another, which sees the prompt as it is stored.
     """
     cache = model.make_cache()
-    prefill(model, mx.array(prompt), cache, packing=packing)
+    prefill(model, mx.array(prompt), cache, reading=Reading(kv_quantization=packing))
     logits = read(model, mx.array([answer]), cache, packing)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
@@ -75,7 +84,7 @@ def divergence(reference: mx.array, other: mx.array) -> list[float]:
 
 def compare(
     model: Model, examples: Iterator[Example], prompt: Callable[[Example], list[int]],
-    tokenizer: Any, packings: dict[str, Packing | None],
+    tokenizer: Any, packings: dict[str, KVQuantization | None],
 ) -> dict[str, Tally]:  # fmt: skip
     tallies = {name: Tally() for name in packings}
     stops = tokenizer.eos_token_ids
@@ -110,8 +119,8 @@ def main() -> None:
     if args.count < 1:
         raise InputError(f"--count is {args.count}; expected 1 or more")
     model, tokenizer = load(args.model, dtype=args.dtype)
-    packings: dict[str, Packing | None] = {FLOATING: None}
-    packings |= {f"{n} bits": Packing.of(model.config, n, args.group_size) for n in BITS}
+    packings: dict[str, KVQuantization | None] = {FLOATING: None}
+    packings |= {f"{n} bits": KVQuantization.of(model.config, n, args.group_size) for n in BITS}
     kinds = HELD_OUT_KINDS
     questions = [example for kind in kinds for example in held_out(kind, args.count)]
     bar = tqdm(questions, unit="question", disable=None, leave=False)

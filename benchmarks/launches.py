@@ -33,10 +33,11 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import lfm2_moe
 
 from lfm_mlx import Config, Model
-from lfm_mlx.command import InputError, Parser, run
-from lfm_mlx.conv_window import ConvWindow
+from lfm_mlx.cache.conv_window import ConvWindow
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.engine.sample import Sampler
+from lfm_mlx.errors import InputError
 from lfm_mlx.kernels import metal
-from lfm_mlx.sample import Sampler
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 

@@ -24,11 +24,12 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from lfm_mlx import Model
-from lfm_mlx.command import InputError, Parser, run
-from lfm_mlx.decode import decode
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.engine.decode import decode
+from lfm_mlx.engine.lookup import LONGEST_DRAFT, PromptLookup
+from lfm_mlx.engine.speculate import decode_with_lookup
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import DTYPES, load
-from lfm_mlx.lookup import LONGEST_DRAFT, Lookup
-from lfm_mlx.speculate import decode_with_lookup
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
@@ -39,7 +40,7 @@ NEVER_RIGHT = "never right"
 Prompts = Sequence[list[int]]
 
 
-class Misled(Lookup):
+class Misled(PromptLookup):
     """Knows the answer, so that it always finds a match, and drafts anything else."""
 
     def __init__(self, longest: int, vocab_size: int, known: list[int]):
@@ -59,10 +60,14 @@ def timed(prompts: Prompts, answer: Callable[[int], list[int]]) -> tuple[float, 
 
 
 def compare(
-    model: Model, prompts: Prompts, new_lookup: Callable[[int], Lookup], runs: int, **options: Any
+    model: Model,
+    prompts: Prompts,
+    new_lookup: Callable[[int], PromptLookup],
+    runs: int,
+    **options: Any,
 ) -> dict[str, float]:
     """Decode every prompt with and without drafts, `runs` times in turns."""
-    lookups: list[Lookup] = []
+    lookups: list[PromptLookup] = []
 
     def plainly(index: int) -> list[int]:
         return [step.token for step in decode(model, prompts[index], **options)]
@@ -85,7 +90,7 @@ def compare(
     }
 
 
-def counts(lookups: Sequence[Lookup], tokens: int) -> dict[str, float]:
+def counts(lookups: Sequence[PromptLookup], tokens: int) -> dict[str, float]:
     passes = sum(lookup.passes for lookup in lookups)
     drafted = sum(lookup.drafted for lookup in lookups)
     accepted = sum(lookup.accepted for lookup in lookups)
@@ -105,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     for kind in tqdm(args.kind or ("copy", "sum", "tool_call"), disable=None, leave=False):
         prompts = [prompt_of(example, tokenizer) for example in held_out(kind, args.count)]
         found[kind] = compare(
-            model, prompts, lambda _: Lookup(args.drafted), args.runs,
+            model, prompts, lambda _: PromptLookup(args.drafted), args.runs,
             max_tokens=LONGEST_ANSWER, stop_ids=tokenizer.eos_token_ids,
         )  # fmt: skip
     found[NEVER_RIGHT] = worst(model, args)

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from lfm_mlx.command import InputError, Parser, run
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.errors import InputError
 
 VOCABULARY = 128_000
 PERSON = {

@@ -19,13 +19,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx import Model, memory
-from lfm_mlx.cache import log_tokens, stored_bytes, stored_length
-from lfm_mlx.command import InputError, Parser, run
-from lfm_mlx.conv_window import ConvWindow
-from lfm_mlx.decode import PREFILL_CHUNK, decode
-from lfm_mlx.hub import resolve
-from lfm_mlx.keys_values import BITS, Packing, pack
+from lfm_mlx import Model, device
+from lfm_mlx.cache.cache import cached_tokens, log_tokens, stored_bytes
+from lfm_mlx.cache.conv_window import ConvWindow
+from lfm_mlx.cache.keys_values import BITS, KVQuantization, quantize_cache
+from lfm_mlx.checkpoint.hub import resolve
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.engine.decode import PREFILL_CHUNK, decode
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import DTYPES, load_model
 
 LENGTHS = (8_000, 32_000, 128_000)
@@ -34,7 +35,7 @@ LENGTHS = (8_000, 32_000, 128_000)
 def filled_cache(model: Model, length: int, bits: int | None, dtype: mx.Dtype) -> list[Any]:
     """A cache that has read `length` tokens, by its size; what it holds is random."""
     config, cache = model.config, model.make_cache()
-    pack(cache, None if bits is None else Packing.of(config, bits))
+    quantize_cache(cache, None if bits is None else KVQuantization.of(config, bits))
     for begin in range(0, length, PREFILL_CHUNK):
         count = min(PREFILL_CHUNK, length - begin)
         log_tokens(cache, mx.random.randint(0, config.vocab_size, (1, count)).astype(mx.int32))
@@ -63,13 +64,13 @@ def measure(folder: Path, length: int, bits: int | None, dtype: str, tokens: int
     for _ in decode(model, [1], cache=cache, max_tokens=tokens):
         stamps.append(time.perf_counter())
     return {
-        "context_tokens": stored_length(cache) + 1,
+        "context_tokens": cached_tokens(cache) + 1,
         "kv_bits": bits or 8 * DTYPES[dtype].size,
         "weight_bytes": weights,
         "cache_bytes": stored_bytes(cache),
         "working_bytes": mx.get_peak_memory() - held,
         "mlx_peak_bytes": mx.get_peak_memory(),
-        "resident_peak_bytes": memory.peak_bytes(),
+        "resident_peak_bytes": device.peak_bytes(),
         "seconds_per_token": (stamps[-1] - stamps[1]) / max(1, tokens - 1),
     }
 

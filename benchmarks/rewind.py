@@ -2,7 +2,7 @@
 
     python benchmarks/rewind.py
 
-The models of tests/test_rewind.py, with random weights: a random sequence is rewound to each of its
+The models of tests/caches.py, with random weights: a random sequence is rewound to each of its
 lengths, and windows and next-token logits are compared with those of a cache that has read no more.
 Then so with fewer replayed tokens than the convolutions remember; the last lengths, whose windows
 are at hand, are left out. Prints a table, then one JSON line.
@@ -20,13 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from lfm_mlx import Model
-from lfm_mlx.cache import KEPT_COLUMNS, restore_windows, rewind
-from lfm_mlx.command import InputError, Parser, run
+from lfm_mlx.cache.cache import KEPT_COLUMNS
+from lfm_mlx.cache.rewind import restore_windows, rewind
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.errors import InputError
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("scripts", "tests"))
 
+from caches import CONFIGS, build, draw, fresh, windows
 from reference import relative_error
-from test_rewind import CONFIGS, build, draw, fresh, windows
 
 DEEPEST = "24 layers of LFM2.5"
 SHARES = (1, 8 / 9, 2 / 3, 4 / 9)  # of what the convolutions remember: 36, 32, 24 and 16 tokens

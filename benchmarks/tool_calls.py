@@ -16,8 +16,8 @@ from typing import Any
 
 from mlx_lm.tool_parsers.pythonic import parse_tool_call
 
-from lfm_mlx import chat
-from lfm_mlx.command import Parser, run
+from lfm_mlx import chatml
+from lfm_mlx.cli.command import Parser, run
 
 SHAPES = Path(__file__).parents[1] / "tests" / "tool_call_shapes.py"
 Calls = list[tuple[str, Any]] | None
@@ -27,8 +27,8 @@ COUNTS = ("read", "read_by_syntax_only", "refused", "refused_by_syntax_only")
 
 def ours(text: str, tools: Sequence[dict[str, Any]]) -> Calls:
     try:
-        return [(call.name, call.arguments) for call in chat.parse(text, tools)]
-    except chat.CallError:
+        return [(call.name, call.arguments) for call in chatml.parse(text, tools)]
+    except chatml.CallError:
         return None
 
 

@@ -17,14 +17,15 @@ from random import Random
 
 from tqdm import tqdm
 
-from lfm_mlx import chat
-from lfm_mlx.command import InputError, Parser, run
-from lfm_mlx.control import Control
-from lfm_mlx.terminal import program
-from lfm_mlx.terminal.conversation import Conversation
-from lfm_mlx.terminal.responder import Responder
-from lfm_mlx.terminal.session import Session
-from lfm_mlx.terminal.tools import Tools
+from lfm_mlx import chatml
+from lfm_mlx.answer.control import Control
+from lfm_mlx.answer.responder import Responder
+from lfm_mlx.chat import program
+from lfm_mlx.chat.conversation import Conversation
+from lfm_mlx.chat.session import Session
+from lfm_mlx.chat.tools import Tools
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tools.py"
@@ -43,7 +44,7 @@ class Silent:
     def confirm(self, question: str) -> str:
         return "yes"
 
-    def show(self, segments: Iterable[chat.Segment]) -> None:
+    def show(self, segments: Iterable[chatml.Segment]) -> None:
         for _ in segments:
             pass
 
@@ -101,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.count < 1:
         raise InputError(f"--count is {args.count}; expected 1 or more")
-    chosen = program.Chosen(program.parser().parse_args(["--model", args.model]))
+    chosen = program.SelectedModel(program.parser().parse_args(["--model", args.model]))
     responder = Responder(chosen, chosen.load(), 300, Control())
     tools = Tools(str(EXAMPLE), 30)
     found = {kind: accuracy(responder, tools, kind, args.count) for kind in KINDS}

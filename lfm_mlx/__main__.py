@@ -6,10 +6,10 @@ from importlib import import_module
 # Each command's module, and what it does.
 COMMANDS = {
     "generate": ("generate", "prompt → streamed text"),
-    "chat": ("terminal.program", "a conversation on a terminal, with tools"),
-    "batch": ("batch", "many prompts or conversations at once, from a file"),
+    "chat": ("chat.program", "a conversation on a terminal, with tools"),
+    "batch": ("batch.program", "many prompts or conversations at once, from a file"),
     "convert": ("convert", "Hugging Face folder → MLX folder, optionally quantized"),
-    "doctor": ("doctor", "what this machine makes of every kernel"),
+    "doctor": ("doctor.program", "check every Metal kernel on this machine"),
     "mlx_lm": ("mlx_lm", "mlx-lm's own commands (server, generate, lora, …) on this model"),
 }
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfm_mlx.checkpoint import read_json
-from lfm_mlx.command import InputError
+from lfm_mlx.errors import InputError
+from lfm_mlx.files import read_json
 
 CONV = "conv"
 ATTENTION = "full_attention"

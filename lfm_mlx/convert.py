@@ -20,21 +20,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from lfm_mlx import weights
-from lfm_mlx.checkpoint import ITEMSIZE, TensorInfo
-from lfm_mlx.command import InputError, Parser, run
-from lfm_mlx.hub import resolve
+from lfm_mlx.checkpoint import weights
+from lfm_mlx.checkpoint.folder import ITEMSIZE, TensorInfo
+from lfm_mlx.checkpoint.hub import resolve
+from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe, packable
+from lfm_mlx.checkpoint.writer import ShardWriter, copy_kept, is_checkpoint
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.errors import InputError
+from lfm_mlx.files import atomic_folder, free_bytes, require_vacant, write_json
 from lfm_mlx.load import DTYPES, as_dtype, check_values, open_checkpoint
 from lfm_mlx.model import Model
-from lfm_mlx.output import (
-    ShardWriter,
-    atomic_folder,
-    copy_kept,
-    free_bytes,
-    require_vacant,
-    write_json,
-)
-from lfm_mlx.quantize import MODES, Packing, Recipe, packable
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ def convert(
     `out` is as it was before.
     """
     began = time.perf_counter()
-    require_vacant(Path(out), force=force)  # before a long download
+    require_vacant(Path(out), force=force, replaceable=is_checkpoint)  # before a long download
     folder = resolve(source)
     checkpoint, config = open_checkpoint(folder)
     if config.quantization is not None:
@@ -79,7 +74,7 @@ def convert(
     packings, floating = ({}, []) if recipe is None else recipe.packings(packable(model))
     by_name = {f"{path}.weight": packing for path, packing in packings.items()}
     job = Job(parameters, by_name, target, check)
-    with atomic_folder(Path(out), force=force) as partial_folder:
+    with atomic_folder(Path(out), force=force, replaceable=is_checkpoint) as partial_folder:
         require_space(partial_folder, job.nbytes(expected, checkpoint.tensors))
         writer = ShardWriter(partial_folder)
         quiet = None if show_progress else True  # None: only where stderr is a terminal
@@ -101,7 +96,7 @@ class Job:
     """What is made of the checkpoint's tensors. `packings`: by name, of parameters to be packed."""
 
     parameters: list[weights.Parameter]
-    packings: dict[str, Packing]
+    packings: dict[str, Quantization]
     dtype: mx.Dtype | None
     check: bool
 
@@ -182,8 +177,8 @@ def source_name(source: str | Path) -> str:
 
 
 def converted_config(
-    config: dict[str, Any], source: str, recipe: Recipe | None, packings: Mapping[str, Packing],
-    dtype: str | None,
+    config: dict[str, Any], source: str, recipe: Recipe | None,
+    packings: Mapping[str, Quantization], dtype: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The source's config.json, with what was done to it. packings: by published path."""
     done = {"tool": f"lfm_mlx {version('lfm_mlx')}", "source": source}
@@ -215,7 +210,7 @@ def recipe_of(args: argparse.Namespace) -> Recipe | None:
     """The recipe that --bits, --group-size and --mode ask for; None when none of them is given."""
     if args.bits is None and args.group_size is None and args.mode is None:
         return None
-    return Recipe(Packing.of(args.mode or "affine", args.bits, args.group_size))
+    return Recipe(Quantization.of(args.mode or "affine", args.bits, args.group_size))
 
 
 def main(argv: list[str] | None = None) -> None:

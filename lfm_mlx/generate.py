@@ -6,38 +6,50 @@ Text goes to stdout, statistics and progress to stderr.
 """
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
-from lfm_mlx import chat, memory, prompt_cache
-from lfm_mlx.cache import stored_length
-from lfm_mlx.choice_scores import choice_probabilities
-from lfm_mlx.command import DONE, INTERRUPTED, InputError, Parser, run
+from lfm_mlx import chatml, device
+from lfm_mlx.answer.control import Control
+from lfm_mlx.answer.question import MAX_TOKENS, Question, ask
+from lfm_mlx.answer.responder import Responder
+from lfm_mlx.cache.keys_values import BITS, KVQuantization
+from lfm_mlx.cli.command import DONE, INTERRUPTED, Parser, run
+from lfm_mlx.cli.control_options import add_options, control_of
+from lfm_mlx.cli.model_options import (
+    SelectedModel,
+    add_model_options,
+    add_sampling_options,
+    at_least_one,
+)
+from lfm_mlx.cli.printer import Printer
 from lfm_mlx.config import Config
-from lfm_mlx.constraint import Constraint
-from lfm_mlx.control import Control
-from lfm_mlx.control_options import add_options, control_of
-from lfm_mlx.decode import PREFILL_CHUNK, room_for_answer
-from lfm_mlx.keys_values import BITS, Packing, pack
-from lfm_mlx.lookup import LONGEST_DRAFT, Lookup
-from lfm_mlx.model import Model
-from lfm_mlx.model_options import Chosen, add_model_options, add_sampling_options, at_least_one
-from lfm_mlx.printer import Printer
-from lfm_mlx.sample import Sampler
-from lfm_mlx.stream import Statistics, stream
+from lfm_mlx.engine import prompt_cache
+from lfm_mlx.engine.decode import PREFILL_CHUNK
+from lfm_mlx.engine.lookup import LONGEST_DRAFT
+from lfm_mlx.errors import InputError
 
-MAX_TOKENS = 16384
 CUT_SHORT = (
     "the token budget ended the answer before it was complete: it may not be what was asked for; "
     "give more --max-tokens"
 )
 
 
-def prompt_ids(args: argparse.Namespace, control: Control, chosen: Chosen) -> list[int]:
-    """The token ids of what --prompt, --system and --raw ask for."""
+def question_of(args: argparse.Namespace, control: Control, chosen: SelectedModel) -> Question:
+    """The question that --prompt, --system and --raw put."""
+    return ask(
+        chosen.tokenizer, chosen.config, messages_of(args, control, chosen.tokenizer),
+        control=control, max_tokens=args.max_tokens, date=chosen.date,
+    )  # fmt: skip
+
+
+def messages_of(args: argparse.Namespace, control: Control, tokenizer: Any) -> list[Any]:
+    """Messages, or with --raw the token ids of the text."""
     prompt = args.prompt
     if prompt is None:
         if sys.stdin.isatty():
@@ -50,10 +62,9 @@ def prompt_ids(args: argparse.Namespace, control: Control, chosen: Chosen) -> li
             raise InputError("--system has no place without the chat template; leave out --raw")
         if control.tools:
             raise InputError("--tools have no place without the chat template; leave out --raw")
-        return list(chosen.tokenizer.encode(prompt, verbose=False))
+        return list(tokenizer.encode(prompt, verbose=False))
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
-    messages = [*system, {"role": "user", "content": prompt}]
-    return chat.render(chosen.tokenizer, messages, tools=control.tools, date=chosen.date)
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,7 +84,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="draft up to N tokens a pass (default %(const)s) from what was read before",
     )
-    add("--prompt-cache", metavar="FILE", help="what was read: continued, or made, and kept")
+    add(
+        "--prompt-cache",
+        metavar="FILE",
+        help="keep the processed prompt in FILE, and reuse it next time",
+    )
     add("--kv-bits", type=int, choices=BITS, help="quantize keys and values")
     add("--kv-group-size", type=int, metavar="G", help="default: what the head width allows")
     add("--kv-start", type=int, metavar="N", help="quantize once N tokens were read (default 0)")
@@ -85,120 +100,89 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    at_least_one(args, "max_tokens")
+    at_least_one(args, "max_tokens", "lookup")
     control = control_of(args)
-    chosen = Chosen(args)
-    config, tokenizer = chosen.config, chosen.tokenizer
-    prompt = prompt_ids(args, control, chosen)
-    constraint = control.constraint(tokenizer, config.vocab_size)
-    max_tokens = room_for_answer(config, len(prompt), args.max_tokens)
-    packing = packing_of(args, config)
-    lookup = lookup_of(args, constraint)
-    steering = {"constraint": constraint} if lookup is None else {"lookup": lookup}
-    packed_bytes = None if packing is None else partial(packing.nbytes, config)
-    chosen.require_room(len(prompt) + max_tokens, packed_bytes)
-    with memory.wired_limit():
+    chosen = SelectedModel(args)
+    question = question_of(args, control, chosen)
+    if args.lookup is not None and question.constraint is not None:
+        raise InputError("--lookup drafts free text; leave it out where the answer is constrained")
+    quantization = kv_quantization_of(args, chosen.config)
+    cache_bytes = None if quantization is None else partial(quantization.nbytes, chosen.config)
+    chosen.require_room(len(question.prompt) + question.max_tokens, cache_bytes)
+    with device.wired_limit():
         model = chosen.load()
-        sampler = Sampler(config.vocab_size, chosen.sampling, args.seed)
-        cache = known_cache(args, model, tokenizer, prompt)
-        pack(cache, packing)
-        code = answer(
-            args, model, tokenizer, prompt, sampler, max_tokens, control=control, cache=cache,
-            packing=packing, **steering,
+        tokenizer = chatml.vocabulary_fingerprint(chosen.tokenizer)
+        file = args.prompt_cache
+        cache = None if file is None else prompt_cache.load_or_new(file, model, tokenizer)
+        responder = Responder(
+            model, chosen.tokenizer, chosen.sampling, seed=args.seed, cache=cache,
+            kv_quantization=quantization, longest_draft=args.lookup,
         )  # fmt: skip
-        if args.prompt_cache is not None:
-            prompt_cache.save(args.prompt_cache, cache, model, tokenizer)
+        code = answer(args, responder, question)
+        if file is not None:
+            prompt_cache.save(file, responder.cache, model, tokenizer)
         return code
 
 
-def packing_of(args: argparse.Namespace, config: Config) -> Packing | None:
-    """How --kv-bits, --kv-group-size and --kv-start pack keys and values."""
+def kv_quantization_of(args: argparse.Namespace, config: Config) -> KVQuantization | None:
+    """What --kv-bits, --kv-group-size and --kv-start ask for."""
     if args.kv_bits is None:
         if args.kv_group_size is not None or args.kv_start is not None:
             raise InputError("--kv-group-size and --kv-start belong to --kv-bits; give that too")
         return None
-    return Packing.of(config, args.kv_bits, args.kv_group_size, args.kv_start or 0)
+    return KVQuantization.of(config, args.kv_bits, args.kv_group_size, args.kv_start or 0)
 
 
-def lookup_of(args: argparse.Namespace, constraint: Constraint | None) -> Lookup | None:
-    """What --lookup asks for."""
-    if args.lookup is None:
-        return None
-    if constraint is not None:
-        raise InputError("--lookup drafts free text; leave it out where the answer is constrained")
-    return Lookup(args.lookup)
-
-
-def known_cache(
-    args: argparse.Namespace, model: Model, tokenizer: Any, prompt: list[int]
-) -> list[Any]:
-    """The cache in --prompt-cache, taken back to what the prompt begins with; else an empty one."""
-    if args.prompt_cache is None:
-        return model.make_cache()
-    cache = prompt_cache.load_or_new(args.prompt_cache, model, tokenizer)
-    prompt_cache.rewind_to(cache, prompt)
-    return cache
-
-
-def answer(
-    args: argparse.Namespace, model: Model, tokenizer: Any, prompt: list[int], sampler: Sampler,
-    max_tokens: int, *, control: Control, cache: list[Any], **options: Any,
-) -> int:  # fmt: skip
-    """Print the answer and the statistics; returns the exit code. options: `decode`'s.
-
-    cache: what the beginning of the prompt was read into
-    """
-    reused = stored_length(cache)
-    sampler.observe(prompt[:reused])
-    statistics = Statistics(len(prompt), reused)
+def answer(args: argparse.Namespace, responder: Responder, question: Question) -> int:
+    """Print the answer and the statistics; returns the exit code."""
     printer = Printer(not args.no_show_thinking, args.json)
-    unread = prompt[reused:]
-    long = len(unread) > PREFILL_CHUNK
-    bar = tqdm(
-        total=len(unread), desc="read", unit="token", disable=None if long else True, leave=False
-    )
     if args.json:
-        printer.event("prompt", tokens=len(prompt))
-
-    def progress(done: int, _: int) -> None:
-        bar.update(done - bar.n)
-        if done == len(unread):
-            bar.close()
-
-    pieces = stream(
-        model, tokenizer, unread, sampler, max_tokens, statistics, progress=progress,
-        cache=cache, **options,
-    )  # fmt: skip
+        printer.event("prompt", tokens=len(question.prompt))
     code = DONE
-    try:
-        for segment in chat.segments(pieces, control.tools or None):
-            printer.segment(segment)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    finally:
-        bar.close()
+    with reading_bar() as progress:
+        try:
+            for segment in responder.answer_question(question, progress):
+                printer.segment(segment)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
     printer.end()
-    constraint = options.get("constraint")
-    if control.choices and code == DONE and constraint is not None and constraint.begun:
-        before = [*prompt, *constraint.before_answer]
-        print_choices(printer, control, model, tokenizer, cache, before)
-    statistics.peak_memory_bytes = memory.peak_bytes()
+    if question.control.choices and code == DONE:
+        print_choices(printer, question.control, responder.score_choices(question))
+    statistics = responder.statistics
     if args.json:
         printer.event("end", **statistics.as_dict())
     print(statistics, file=sys.stderr)
-    if control.shapes_answer and statistics.finish_reason == "length":
+    if question.control.shapes_answer and statistics.finish_reason == "length":
         print(CUT_SHORT, file=sys.stderr)
     return code
 
 
-def print_choices(
-    printer: Printer, control: Control, model: Model, tokenizer: Any, cache: list[Any],
-    before: list[int],
-) -> None:  # fmt: skip
+@contextlib.contextmanager
+def reading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal while a prompt of several chunks is read."""
+    bar: tqdm | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and PREFILL_CHUNK <= done < total:
+            bar = tqdm(total=total, desc="read", unit="token", disable=None, leave=False)
+        if bar is not None:
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def print_choices(printer: Printer, control: Control, probabilities: list[float]) -> None:
     """Each choice with its probability, the likeliest first; on stderr, or as a JSON event."""
-    tokens = control.choice_tokens(tokenizer)
-    found = choice_probabilities(model, cache, before, tokens, tokenizer.eos_token_ids)
-    ranked = sorted(zip(found, control.choices, strict=True), reverse=True)
+    ranked = sorted(zip(probabilities, control.choices, strict=False), reverse=True)
+    if not ranked:
+        return
     if printer.as_json:
         printer.event("choices", probabilities={choice: number for number, choice in ranked})
         return

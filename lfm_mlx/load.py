@@ -16,11 +16,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_wrapped
 
-from lfm_mlx import memory, quantize, weights
-from lfm_mlx.checkpoint import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, listing
-from lfm_mlx.command import InputError, one_line
+from lfm_mlx import device
+from lfm_mlx.checkpoint import quantize, weights
+from lfm_mlx.checkpoint.folder import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, listing
+from lfm_mlx.checkpoint.hub import resolve
 from lfm_mlx.config import Config
-from lfm_mlx.hub import resolve
+from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.kernels.metal import UseKernels
 from lfm_mlx.model import Model
 
@@ -126,7 +127,7 @@ def stored_as_is(config: Config, tensors: dict[str, TensorInfo], dtype: mx.Dtype
     # A Dtype cannot be compared with None.
     if dtype is None or dtype != mx.float32 or config.quantization is not None:
         return False
-    return sum(cast_bytes(info, dtype) for info in tensors.values()) > memory.device_bytes() / 2
+    return sum(cast_bytes(info, dtype) for info in tensors.values()) > device.device_bytes() / 2
 
 
 def cast_bytes(info: TensorInfo, dtype: mx.Dtype | None) -> int:

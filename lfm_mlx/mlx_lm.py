@@ -9,23 +9,29 @@ process, `unregister` puts back what was there. Nothing in mlx-lm is modified.
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn, cast
 
+import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm import cli, models
 from mlx_lm.models import cache
 
-from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.command import BAD_INPUT, DONE, InputError, one_line, run
+from lfm_mlx.cache.conv_window import ConvWindow
+from lfm_mlx.cache.keys_values import GrowingKVCache, GrowingQuantizedKVCache
+from lfm_mlx.checkpoint import quantize, weights
+from lfm_mlx.checkpoint.folder import Checkpoint, TensorInfo
+from lfm_mlx.checkpoint.hub import DEMO, resolve
+from lfm_mlx.cli.command import BAD_INPUT, DONE, run
 from lfm_mlx.config import Config
-from lfm_mlx.conv_window import ConvWindow
-from lfm_mlx.hub import DEMO, resolve
-from lfm_mlx.keys_values import GrowingKVCache, GrowingQuantizedKVCache
+from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.model import Model
 
 MODEL_TYPES = ("lfm2_moe", "lfm2")
@@ -41,10 +47,31 @@ convert, and whichever else `mlx_lm --help` names. COMMAND --help tells its opti
 folder, a hub name, or demo."""
 
 
+class HookedModel(Model):
+    """Our Model with the hooks that mlx-lm's load and convert call."""
+
+    def sanitize(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """a checkpoint's tensors, in any spelling, as this model's parameters."""
+        infos = {name: TensorInfo("", array.shape, Path()) for name, array in tensors.items()}
+        built = {p.name: p.build(tensors) for p in weights.assignments(self.config, infos)}
+        return {name: weights.cast(name, array, None) for name, array in built.items()}
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """which modules its convert command packs."""
+        never = re.compile("|".join(quantize.NEVER))
+        return lambda path, module: never.fullmatch(path) is None
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """which parameters its convert command casts to the dtype asked for."""
+        return lambda name: weights.FLOAT32.fullmatch(name) is None
+
+
 class Seam(ModuleType):
     """What mlx-lm imports in place of its own module of a model type."""
 
-    Model = Model
+    Model = HookedModel
     ModelArgs = Config
 
     def __init__(self, name: str, stock: ModuleType):
@@ -75,7 +102,7 @@ def unregister() -> None:
 
 def is_ours(module: ModuleType) -> bool:
     # Not by Seam's identity: `python -m lfm_mlx.mlx_lm` has a second one, in __main__.
-    return getattr(module, "Model", None) is Model
+    return issubclass(getattr(module, "Model", object), Model)
 
 
 def place(name: str, module: ModuleType) -> None:

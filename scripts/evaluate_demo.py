@@ -18,17 +18,17 @@ import numpy as np
 from demo_conversations import HELD_OUT_KINDS, Example, held_out, is_correct
 from tqdm import tqdm
 
-from lfm_mlx import Model, chat
-from lfm_mlx.command import Parser, run
+from lfm_mlx import Model, chatml
+from lfm_mlx.checkpoint.quantize import Quantization, Recipe
+from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.convert import convert
 from lfm_mlx.load import load
-from lfm_mlx.quantize import Packing, Recipe
 
 LONGEST_ANSWER = 160
 
 
 def prompt_of(example: Example, tokenizer: Any) -> list[int]:
-    return chat.render(tokenizer, example.messages, tools=example.tools, date=example.date)
+    return chatml.render(tokenizer, example.messages, tools=example.tools, date=example.date)
 
 
 def greedy_batch(
@@ -88,7 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for bits in args.bits:
             out = Path(temporary) / f"{bits}-bit"
-            convert(args.model, out, recipe=Recipe(Packing.of(bits=bits)))
+            convert(args.model, out, recipe=Recipe(Quantization.of(bits=bits)))
             results[f"{bits}-bit"] = evaluate(out, args.count, f"{bits}-bit")
     print("kind".ljust(12), *(f"{name:>9}" for name in results))
     for kind in HELD_OUT_KINDS:

@@ -8,8 +8,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import ModelCardData
 
-from lfm_mlx.command import InputError, one_line
-from lfm_mlx.quantize import Packing
+from lfm_mlx.checkpoint.quantize import Quantization
+from lfm_mlx.errors import InputError, one_line
 
 CARD = "README.md"
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -32,7 +32,7 @@ def front_matter_of(folder: Path) -> dict[str, Any]:
 
 def new_card(
     repo: str, source: str, base_model: str | None, front_matter: dict[str, Any],
-    *, packing: Packing, floating: str, nbytes: int, count: int,
+    *, packing: Quantization, floating: str, nbytes: int, count: int,
 ) -> str:  # fmt: skip
     """The card of `repo`, made of `source`; the licence and the languages are the source's.
 

@@ -28,16 +28,18 @@ from huggingface_hub.errors import (
 from mlx.utils import tree_flatten
 from model_card import CARD
 
-from lfm_mlx import weights
-from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.command import InputError, Parser, one_line, run
+from lfm_mlx.checkpoint import weights
+from lfm_mlx.checkpoint.folder import Checkpoint
+from lfm_mlx.checkpoint.hub import DEMO, resolve
+from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe, packable
+from lfm_mlx.checkpoint.writer import copy_kept
+from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.config import Config
 from lfm_mlx.convert import convert, converted_config, source_name
-from lfm_mlx.hub import DEMO, resolve
+from lfm_mlx.errors import InputError, one_line
+from lfm_mlx.files import no_room, write_json
 from lfm_mlx.load import DTYPES
 from lfm_mlx.model import Model
-from lfm_mlx.output import copy_kept, no_room, write_json
-from lfm_mlx.quantize import MODES, Packing, Recipe, packable
 
 REFUSALS = {
     401: "the hub does not accept the token; renew it with `hf auth login`, or give --token",
@@ -88,7 +90,7 @@ def job_of(args: argparse.Namespace, cache: Path | None) -> Job:
     """The job that the arguments describe; its source's small files are downloaded to `cache`."""
     facts = resolve(args.model, weights=False, cache=cache)
     is_local = args.model == DEMO or Path(args.model).expanduser().exists()
-    recipe = Recipe(Packing.of(args.mode, args.bits, args.group_size))
+    recipe = Recipe(Quantization.of(args.mode, args.bits, args.group_size))
     config, nbytes, count = planned(args.model, Checkpoint(facts).config, recipe, args.dtype)
     return Job(
         source=args.model,

@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from lfm_mlx import Config, Model, weights
-from lfm_mlx.checkpoint import TensorInfo
+from lfm_mlx import Config, Model
+from lfm_mlx.checkpoint import weights
+from lfm_mlx.checkpoint.folder import TensorInfo
 
 # Relative to the largest logit. A dtype's own rounding, over 8 to 24 layers; see the README.
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}

@@ -12,8 +12,8 @@ import twins
 from models import as_numpy
 
 from benchmarks import kernels, launches
+from lfm_mlx.doctor.cases import Case, Sizes, cases
 from lfm_mlx.kernels import metal
-from lfm_mlx.kernels.cases import Case, Sizes, cases
 
 TINY = Sizes(
     hidden=64, dense=128, expert=64, experts=8, chosen=2, heads=4, kv_heads=2, head_dim=16,

@@ -11,7 +11,7 @@ from mlx_lm.models import lfm2, lfm2_moe
 from reference import cases
 
 from lfm_mlx import Config
-from lfm_mlx.command import InputError
+from lfm_mlx.errors import InputError
 
 C, A = "conv", "full_attention"
 

@@ -28,18 +28,22 @@ from mlx_lm import utils
 from reference import TRANSFORMERS5_FOLDERS, relative_error, transformers5_answer
 
 from lfm_mlx import convert as convert_module
-from lfm_mlx.command import BAD_INPUT, INTERRUPTED, InputError
+from lfm_mlx.checkpoint.hub import DEMO_FOLDER
+from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe
+from lfm_mlx.checkpoint.writer import ShardWriter
+from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
 from lfm_mlx.convert import convert
-from lfm_mlx.hub import DEMO_FOLDER
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import load_model
-from lfm_mlx.output import ShardWriter
-from lfm_mlx.quantize import MODES, Packing, Recipe
 
 EXACT = 2e-6  # of the largest logit: the same float32 sums in another order
 PACKINGS = [
-    Packing(bits, group, mode) for mode, (bs, gs) in MODES.items() for bits in bs for group in gs
+    Quantization(bits, group, mode)
+    for mode, (bs, gs) in MODES.items()
+    for bits in bs
+    for group in gs
 ]
-FOUR = Recipe(Packing.of())
+FOUR = Recipe(Quantization.of())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def same_tensors(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
 def test_every_packing_opens_in_mlx_lm(
-    tmp_path: Path, sources: dict[str, Path], family: str, packing: Packing
+    tmp_path: Path, sources: dict[str, Path], family: str, packing: Quantization
 ) -> None:
     out = tmp_path / "out"
     report = convert(sources[family], out, recipe=Recipe(packing))
@@ -87,7 +91,7 @@ def test_every_packing_opens_in_mlx_lm(
 def test_tensors_are_those_of_mlx_lm_but_for_the_router(
     tmp_path: Path, sources: dict[str, Path], family: str, bits: int
 ) -> None:
-    convert(sources[family], tmp_path / "ours", recipe=Recipe(Packing.of(bits=bits)))
+    convert(sources[family], tmp_path / "ours", recipe=Recipe(Quantization.of(bits=bits)))
     model, config = utils.load_model(sources[family], lazy=True)
     model, config = utils.quantize_model(
         model, config, 64, bits, quant_predicate=lambda path, _: not path.endswith(".gate")
@@ -139,7 +143,7 @@ def test_dtype_of_what_stays_floating(
 
 
 def test_rules_are_written_per_layer(tmp_path: Path, sources: dict[str, Path]) -> None:
-    six, mx4 = Packing.of(bits=6, group_size=32), Packing.of("mxfp4")
+    six, mx4 = Quantization.of(bits=6, group_size=32), Quantization.of("mxfp4")
     for family, down in (("sparse", "switch_mlp.down_proj"), ("dense", "w2")):
         rules = (
             (r"model\.embed_tokens", six),
@@ -147,7 +151,7 @@ def test_rules_are_written_per_layer(tmp_path: Path, sources: dict[str, Path]) -
             (r".*\.q_proj", None),
         )
         out = tmp_path / family
-        report = convert(sources[family], out, recipe=Recipe(Packing.of(), rules))
+        report = convert(sources[family], out, recipe=Recipe(Quantization.of(), rules))
         settings = config_of(out)["quantization"]
         assert settings["model.embed_tokens"] == {"bits": 6, "group_size": 32, "mode": "affine"}
         assert settings[f"model.layers.1.feed_forward.{down}"]["mode"] == "mxfp4"
@@ -227,7 +231,7 @@ def test_what_goes_with_the_weights(tmp_path: Path) -> None:
 
 
 def test_demo_opens_in_mlx_lm(tmp_path: Path) -> None:
-    convert("demo", tmp_path / "out", recipe=Recipe(Packing.of(bits=8)))
+    convert("demo", tmp_path / "out", recipe=Recipe(Quantization.of(bits=8)))
     model, tokenizer = utils.load(str(tmp_path / "out"))
     model.set_dtype(mx.float32)
     ids = tokenizer.encode("What is 27 + 58?")
@@ -269,7 +273,7 @@ def test_folder_that_is_there(tmp_path: Path, sources: dict[str, Path]) -> None:
     out = tmp_path / "out"
     convert(sources["sparse"], out, recipe=FOUR)
     before = contents(tmp_path)
-    assert "is there already; give another name, or --force" in refused(sources["dense"], out)
+    assert "is there already; give another name, or force" in refused(sources["dense"], out)
     assert contents(tmp_path) == before
     convert(sources["dense"], out, force=True)
     assert config_of(out)["model_type"] == "lfm2"
@@ -357,13 +361,13 @@ def test_command_says_bits_size_and_time(tmp_path: Path, sources: dict[str, Path
     ("arguments", "packing"),
     [
         ([], None),
-        (["--bits", "3"], Packing(3, 64)),
-        (["--group-size", "32"], Packing(4, 32)),
-        (["--bits", "8", "--group-size", "128", "--mode", "affine"], Packing(8, 128)),
-        (["--mode", "nvfp4"], Packing(4, 16, "nvfp4")),
+        (["--bits", "3"], Quantization(3, 64)),
+        (["--group-size", "32"], Quantization(4, 32)),
+        (["--bits", "8", "--group-size", "128", "--mode", "affine"], Quantization(8, 128)),
+        (["--mode", "nvfp4"], Quantization(4, 16, "nvfp4")),
     ],
 )
-def test_recipe_of_the_options(arguments: list[str], packing: Packing | None) -> None:
+def test_recipe_of_the_options(arguments: list[str], packing: Quantization | None) -> None:
     args = convert_module.parser().parse_args(["--model", "a", "--out", "b", *arguments])
     recipe = convert_module.recipe_of(args)
     assert (recipe and recipe.default) == packing
@@ -406,7 +410,8 @@ def test_command_ends_with_one_line_and_code_2(tmp_path: Path, name: str) -> Non
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
-from lfm_mlx import convert, output
+from lfm_mlx import convert, files
+from lfm_mlx.checkpoint.writer import ShardWriter
 def before(owner, name, act):
     original, calls = getattr(owner, name), []
     def replaced(*args, **options):
@@ -420,11 +425,11 @@ def stop_at(number):
 sys.exit(convert.command())
 """
 MOMENTS = {
-    "first tensor": "before(output.ShardWriter, 'add', stop_at(1))",
-    "later tensor": "before(output.ShardWriter, 'add', stop_at(30))",
-    "index": "before(output.ShardWriter, 'finish', stop_at(1))",
+    "first tensor": "before(ShardWriter, 'add', stop_at(1))",
+    "later tensor": "before(ShardWriter, 'add', stop_at(30))",
+    "index": "before(ShardWriter, 'finish', stop_at(1))",
     "config": "before(convert, 'write_json', stop_at(1))",
-    "last step": "before(output, '_take_place', stop_at(1))",
+    "last step": "before(files, '_take_place', stop_at(1))",
 }
 # The old folder was renamed and the new one was not: of the two renames that replace a folder.
 BETWEEN = """
@@ -485,7 +490,7 @@ def test_interrupted(tmp_path: Path, sources: dict[str, Path], moment: str, forc
 
 
 def test_interrupted_from_outside(tmp_path: Path, sources: dict[str, Path]) -> None:
-    slowly = "before(output.ShardWriter, 'add', lambda count, args: time.sleep(0.2))"
+    slowly = "before(ShardWriter, 'add', lambda count, args: time.sleep(0.2))"
     code = STOPPED.format(signal=0, where=slowly)
     out = tmp_path / "out"
     line = [sys.executable, "-c", code, "--model", sources["sparse"], "--out", out]

@@ -12,11 +12,11 @@ from evaluate_demo import accuracy
 from reference import FIXTURES
 
 from lfm_mlx import Model
+from lfm_mlx.checkpoint.hub import DEMO_FOLDER
+from lfm_mlx.checkpoint.quantize import Quantization, Recipe
 from lfm_mlx.convert import convert
-from lfm_mlx.decode import decode
-from lfm_mlx.hub import DEMO_FOLDER
+from lfm_mlx.engine.decode import decode
 from lfm_mlx.load import load, load_model, load_tokenizer
-from lfm_mlx.quantize import Packing, Recipe
 
 # What Hugging Face's implementation answered greedily in float32, as token ids; by train_demo.
 FROZEN = json.loads((FIXTURES / "demo_answers.json").read_text(encoding="utf-8"))["entries"]
@@ -56,7 +56,7 @@ def test_held_out_accuracy(floating: Callable[[str], float], kind: str) -> None:
 def test_four_bits_cost_at_most_three_points(
     floating: Callable[[str], float], tmp_path: Path, kind: str
 ) -> None:
-    convert("demo", tmp_path / "4-bit", recipe=Recipe(Packing.of(bits=4)))
+    convert("demo", tmp_path / "4-bit", recipe=Recipe(Quantization.of(bits=4)))
     packed, tokenizer = load(tmp_path / "4-bit")
     assert accuracy(packed, tokenizer, kind, COUNT) >= floating(kind) - 0.03 - 1 / COUNT
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from lfm_mlx import chat, generate, memory, printer
-from lfm_mlx.command import BAD_INPUT, INTERRUPTED, InputError
-from lfm_mlx.hub import DEMO_FOLDER
+from lfm_mlx import chatml, device, generate
+from lfm_mlx.checkpoint.hub import DEMO_FOLDER
+from lfm_mlx.cli import printer
+from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import load_tokenizer
 
 COMMAND = [sys.executable, "-m", "lfm_mlx.generate", "--model", "demo"]
@@ -151,7 +153,7 @@ def test_a_prompt_that_is_too_long_is_one_line_in_its_own_process(options: list[
 def test_what_cannot_fit_is_refused_before_loading(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "device_bytes", lambda: 100 << 20)
+    monkeypatch.setattr(device, "device_bytes", lambda: 100 << 20)
     monkeypatch.setattr(sys, "argv", [*COMMAND[2:], "--prompt", "a", "--max-tokens", "2"])
     assert generate.command() == BAD_INPUT
     assert "the device has 0.1 GB" in capsys.readouterr().err
@@ -181,7 +183,7 @@ def test_the_model_cannot_steer_a_terminal(
     for is_terminal, shown in ((True, "a␛]0;␇\tb\n"), (False, "a\x1b]0;\x07\tb\n")):
         monkeypatch.setattr(sys.stdout, "isatty", lambda answer=is_terminal: answer)
         printed = printer.Printer(show_thinking=True)
-        printed.segment(chat.Segment(chat.TEXT, "a\x1b]0;\x07\tb"))
+        printed.segment(chatml.Segment(chatml.TEXT, "a\x1b]0;\x07\tb"))
         printed.end()
         assert capsys.readouterr().out == shown
 
@@ -230,7 +232,10 @@ def test_lookup_gives_the_same_answer_in_fewer_passes(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("argv", "says"),
-    [(["--lookup", "0"], "cannot draft 0 tokens"), (["--lookup", "--choice", "a|b"], "free text")],
+    [
+        (["--lookup", "0"], "--lookup is 0; expected 1 or more"),
+        (["--lookup", "--choice", "a|b"], "free text"),
+    ],
 )
 def test_what_lookup_cannot_do_is_refused(argv: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):

@@ -1,8 +1,8 @@
 """The layout is the design: who may import whom, and what no file of the package may do."""
 
 import ast
+import re
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -11,61 +11,24 @@ import pytest
 import lfm_mlx
 
 PACKAGE = Path(lfm_mlx.__file__).parent
-# Imports go to lower ranks only. Inside a folder they go anywhere, but not in a circle.
+# A room's rank: a folder, or a file of the root. Imports go to lower ranks; inside a room they go
+# anywhere, but not in a circle.
 RANKS = {
-    "command": 0,
-    "checkpoint": 1,
-    "output": 2,
-    "hub": 3,
-    "sample": 1,
-    "lookup": 1,
-    "constraint": 1,
-    "grammar": 1,
-    "thinking": 2,
-    "kernels.metal": 1,
-    "config": 2,
-    "memory": 2,
-    "kernels": 2,
-    "kernels.*": 2,
-    "weights": 3,
-    "quantize": 3,
-    "token_log": 1,
-    "conv_window": 2,
-    "keys_values": 3,
-    "cache": 4,
-    "model": 5,
-    "model.*": 5,
-    "load": 6,
-    "decode": 6,
-    "choice_scores": 6,
-    "prompt_cache": 6,
-    "chat": 7,
-    "chat.__main__": 11,
-    "chat.*": 7,
-    "convert": 7,
-    "control": 8,
-    "control_options": 9,
-    "speculate": 7,
-    "mlx_lm": 8,
-    "stream": 8,
-    "printer": 8,
-    "model_options": 8,
-    "doctor": 9,
-    "generate": 10,
-    "batching": 7,
-    "batch_files": 3,
-    "batch": 10,
-    "terminal": 10,
-    "terminal.*": 10,
-    "server": 10,
-    "": 11,
-    "__main__": 12,
+    "errors": 0,
+    **dict.fromkeys(("files", "kernels", "tool_calls"), 1),
+    **dict.fromkeys(("config", "device", "chatml"), 2),
+    **dict.fromkeys(("checkpoint", "cache"), 3),
+    "model": 4,
+    "load": 5,
+    "engine": 6,
+    "answer": 7,
+    "cli": 8,
+    **dict.fromkeys(("generate", "chat", "batch", "convert", "doctor", "mlx_lm"), 9),
+    "": 10,
+    "__main__": 11,
 }
 # Rooms whose purpose is to meet mlx-lm.
-MEET_MLX_LM = {
-    "cache", "keys_values", "load", "sample", "model.experts", "model.linear", "mlx_lm",
-    "batching", "server",
-}  # fmt: skip
+MEET_MLX_LM = {"cache", "model", "engine", "load", "mlx_lm"}
 NEVER_IMPORTED = {"transformers", "torch", "tensorflow", "jax"}
 
 
@@ -83,12 +46,15 @@ MODULES = modules()
 every_module = pytest.mark.parametrize("name", MODULES)
 
 
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
 def rank(name: str) -> int:
-    if name in RANKS:
-        return RANKS[name]
-    found = [level for pattern, level in RANKS.items() if fnmatch(name, pattern)]
-    assert found, f"lfm_mlx.{name} has no rank: give it one in this test's table"
-    return found[0]
+    assert room(name) in RANKS, (
+        f"lfm_mlx.{name} has no rank: give its room one in this test's table"
+    )
+    return RANKS[room(name)]
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -112,15 +78,10 @@ def own(tree: ast.AST) -> set[str]:
     return found
 
 
-def folder(name: str) -> str:
-    return name.split(".")[0] if name in MODULES and (PACKAGE / name.split(".")[0]).is_dir() else ""
-
-
 @every_module
 def test_imports_go_to_lower_ranks(name: str) -> None:
     for other in own(MODULES[name]):
-        same_folder = bool(folder(name)) and folder(name) == folder(other)
-        assert rank(name) > rank(other) - same_folder, (
+        assert room(name) == room(other) or rank(name) > rank(other), (
             f"lfm_mlx.{name} (rank {rank(name)}) imports lfm_mlx.{other} (rank {rank(other)})"
         )
 
@@ -130,23 +91,21 @@ def test_no_circle() -> None:
         TopologicalSorter({name: own(tree) for name, tree in MODULES.items()}).static_order()
     )
     assert set(order) == set(MODULES)
-    assert order[0] in ("command", "chat.literals", "model.feed_forward", "kernels", "__main__")
 
 
 def test_the_walls_can_be_seen() -> None:
     """The reader of imports sees every way to write one."""
-    tree = ast.parse("import lfm_mlx.load\nfrom lfm_mlx import cache, Model\n"
+    tree = ast.parse("import lfm_mlx.load\nfrom lfm_mlx import device, Model\n"
                      "def f():\n    from lfm_mlx.model.decoder import Layer\n")  # fmt: skip
-    assert own(tree) == {"load", "cache", "", "model.decoder"}
-    assert rank("model.decoder") > rank("kernels.short_conv") > rank("kernels.metal")
-    assert folder("model.decoder") == folder("model") == "model"
-    assert folder("load") == folder("") == ""
+    assert own(tree) == {"load", "device", "", "model.decoder"}
+    assert rank("model.decoder") > rank("kernels.short_conv") > rank("errors")
+    assert {room(name) for name in MODULES} == set(RANKS)
 
 
 @every_module
 def test_mlx_lm_is_met_where_that_is_the_purpose(name: str) -> None:
     meets = any(other.split(".")[0] == "mlx_lm" for other in imported(MODULES[name]))
-    assert not meets or name in MEET_MLX_LM
+    assert not meets or room(name) in MEET_MLX_LM
 
 
 @every_module
@@ -154,14 +113,39 @@ def test_what_is_never_imported(name: str) -> None:
     assert not {other.split(".")[0] for other in imported(MODULES[name])} & NEVER_IMPORTED
 
 
+# What rooms see of the package's own, where their rank would allow more.
+SEES = {
+    "kernels": {"errors"},
+    "tool_calls": {"errors"},
+    "model": {"errors", "config", "device", "cache", "kernels"},
+    "engine": {"errors", "files", "config", "device", "cache", "kernels", "model"},
+}
+# What rooms never import of others' packages.
+STRANGERS = {
+    "tool_calls": {"mlx", "tokenizers"},
+    "chatml": {"mlx", "tokenizers"},
+    "engine": {"tokenizers"},
+    "answer": {"argparse"},
+}
+
+
 @every_module
-def test_kernels_take_arrays_and_decode_takes_tokens(name: str) -> None:
-    if folder(name) == "kernels":
-        assert {other for other in own(MODULES[name]) if folder(other) != "kernels"} <= {"command"}
-    if name == "decode":
-        assert not any("token" in other.split(".")[-1] for other in imported(MODULES[name]))
-    if folder(name) == "chat" or name == "chat":
-        assert not any(other.split(".")[0] == "mlx" for other in imported(MODULES[name]))
+def test_rooms_see_what_is_their_business(name: str) -> None:
+    seen = {room(other) for other in own(MODULES[name])} - {room(name)}
+    assert seen <= SEES.get(room(name), set(RANKS))
+    others = {other.split(".")[0] for other in imported(MODULES[name])}
+    assert not others & STRANGERS.get(room(name), set())
+
+
+@every_module
+def test_only_commands_speak_of_options(name: str) -> None:
+    """A server sends a library's errors to clients, who have no command line."""
+    if rank(name) >= RANKS["cli"]:
+        return
+    words = [node.value for node in ast.walk(MODULES[name])
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)]  # fmt: skip
+    found = [flag for text in words for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)]
+    assert found == []
 
 
 @every_module
@@ -197,3 +181,21 @@ def test_names_say_what_is_inside(name: str) -> None:
 @every_module
 def test_modules_are_documented(name: str) -> None:
     assert ast.get_docstring(MODULES[name])
+
+
+TESTS = Path(__file__).parent
+# Tests of something else than one module: the whole, or what stands beside the package.
+OF_THE_WHOLE = {"test_layout", "test_demo", "test_long", "test_judge", "test_benchmarks"}
+BESIDE = {"scripts", "metal_host"}
+
+
+def test_tests_mirror_the_package() -> None:
+    """tests/engine/test_decode.py tests lfm_mlx/engine/decode.py; a suffix may say which part."""
+    for path in TESTS.rglob("test_*.py"):
+        place = path.relative_to(TESTS)
+        if place.parts[0] in BESIDE or place.stem in OF_THE_WHOLE:
+            continue
+        stem = place.stem.removeprefix("test_")
+        modules = [name.split(".")[-1] for name in MODULES
+                   if name.split(".")[:-1] == [*place.parts[:-1]]]  # fmt: skip
+        assert any(stem == name or stem.startswith(f"{name}_") for name in modules), place

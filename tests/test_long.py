@@ -4,17 +4,19 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from cache.test_keys_values import NARROW
+from caches import draw, expect_same
 from make_random_checkpoint import random_tensors
 from model.test_decoder import ODD
 from models import model_of
-from test_keys_values import NARROW
-from test_rewind import draw, expect_same
 
-from lfm_mlx import Model, decode, keys_values
-from lfm_mlx.cache import stored_bytes, stored_length, whole_step
-from lfm_mlx.command import InputError
-from lfm_mlx.decode import prefill
-from lfm_mlx.keys_values import Packing
+from lfm_mlx import Model
+from lfm_mlx.cache.cache import cached_tokens, stored_bytes, whole_step
+from lfm_mlx.cache.keys_values import KVQuantization
+from lfm_mlx.engine import decode
+from lfm_mlx.engine.decode import prefill
+from lfm_mlx.errors import InputError
+from lfm_mlx.model import sdpa
 from lfm_mlx.model.experts import SparseFeedForward
 
 CHUNK = 128
@@ -25,23 +27,23 @@ def model() -> Model:
     return model_of(NARROW, random_tensors(NARROW, seed=51))
 
 
-def working_bytes(model: Model, length: int, packing: Packing | None) -> int:
+def working_bytes(model: Model, length: int, packing: KVQuantization | None) -> int:
     """The most that a prefill holds beside the cache it leaves."""
     memory, tokens = model.make_cache(), draw(0, length)
     mx.eval(model.parameters(), tokens)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    prefill(model, tokens, memory, CHUNK, packing=packing)
+    prefill(model, tokens, memory, decode.Reading(CHUNK, packing))
     return mx.get_peak_memory() - before - stored_bytes(memory)
 
 
-@pytest.mark.parametrize("packing", [None, Packing(8, 32)], ids=["float", "8 bits"])
+@pytest.mark.parametrize("packing", [None, KVQuantization(8, 32)], ids=["float", "8 bits"])
 def test_working_memory_does_not_depend_on_the_length(
-    model: Model, packing: Packing | None, monkeypatch: pytest.MonkeyPatch
+    model: Model, packing: KVQuantization | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = 4 * 2 * CHUNK * 2048  # of one chunk against the whole long prompt: 2 MB
-    monkeypatch.setattr(keys_values, "SCORES_BYTES", scores // 16)
+    monkeypatch.setattr(sdpa, "SCORES_BYTES", scores // 16)
     short, long = (working_bytes(model, length, packing) for length in (256, 2048))
     # A layer's old keys and values are there until they are copied into larger ones.
     growing = 2 * 2048 * 2 * 32 * 4
@@ -64,11 +66,11 @@ def test_an_interrupted_prefill_keeps_whole_chunks(
 
     monkeypatch.setattr(SparseFeedForward, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prefill(model, tokens, memory, 64)
+        prefill(model, tokens, memory, decode.Reading(64))
     monkeypatch.undo()
-    assert stored_length(memory) == 128
+    assert cached_tokens(memory) == 128
     expect_same(model, memory, tokens[None, :128], draw(2, 1, 3))
-    prefill(model, tokens[131:], memory, 64)
+    prefill(model, tokens[131:], memory, decode.Reading(64))
     whole = mx.concatenate([tokens[None, :128], draw(2, 1, 3), tokens[None, 131:]], axis=1)
     expect_same(model, memory, whole, draw(3, 1, 1))
 
@@ -95,17 +97,28 @@ def test_progress_can_interrupt_and_the_rest_be_read_later(model: Model) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(decode.decode(model, tokens, cache=memory, chunk=64, progress=interrupt))
+        list(
+            decode.decode(
+                model, tokens, cache=memory, reading=decode.Reading(64, progress=interrupt)
+            )
+        )
     rest = [step.token for step in decode.decode(model, tokens[128:], cache=memory, max_tokens=6)]
     assert rest == [step.token for step in decode.decode(model, tokens, max_tokens=6)]
 
 
-@pytest.mark.parametrize("packing", [None, Packing(4, 32, start=20)])
+@pytest.mark.parametrize("packing", [None, KVQuantization(4, 32, start=20)])
 def test_large_caches_give_the_same_answer(
-    model: Model, packing: Packing | None, monkeypatch: pytest.MonkeyPatch
+    model: Model, packing: KVQuantization | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer() -> list[decode.Step]:
-        return list(decode.decode(model, draw(8, 50).tolist(), max_tokens=20, packing=packing))
+        return list(
+            decode.decode(
+                model,
+                draw(8, 50).tolist(),
+                max_tokens=20,
+                reading=decode.Reading(kv_quantization=packing),
+            )
+        )
 
     small = answer()
     monkeypatch.setattr(decode, "LARGE_BYTES", 0)
@@ -136,4 +149,4 @@ def test_longer_prompts_are_refused_before_anything_is_read(length: int) -> None
     model, memory = limited(32), limited(32).make_cache()
     with pytest.raises(InputError, match=rf"has {length} tokens; the model reads at most 31"):
         next(decode.decode(model, draw(12, length).tolist(), cache=memory))
-    assert stored_length(memory) == 0
+    assert cached_tokens(memory) == 0

@@ -32,9 +32,9 @@ from mlx_lm.models import cache as stock_cache
 
 import lfm_mlx.mlx_lm as seam
 from lfm_mlx import Config, Model
-from lfm_mlx.cache import ConvWindow, TokenLog
-from lfm_mlx.decode import decode
-from lfm_mlx.hub import DEMO_FOLDER
+from lfm_mlx.cache.cache import ConvWindow, TokenLog
+from lfm_mlx.checkpoint.hub import DEMO_FOLDER
+from lfm_mlx.engine.decode import decode
 
 # mlx_lm.generate, the attribute, is a function that hides the module.
 generation = import_module("mlx_lm.generate")
@@ -113,7 +113,7 @@ def loaded(demo: Path) -> tuple[Model, mlx_lm.tokenizer_utils.TokenizerWrapper]:
 
 @pytest.fixture(scope="module")
 def least() -> Model:
-    return least_model(Model, Config)
+    return least_model(seam.HookedModel, Config)
 
 
 def least_model(model_class: type, arguments_class: type) -> nn.Module:
@@ -146,8 +146,8 @@ def greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
 
 def test_mlx_lm_finds_our_classes_until_they_are_unregistered() -> None:
     for model_type in ("lfm2_moe", "lfm2"):
-        assert utils._get_classes({"model_type": model_type}) == (Model, Config)
-        assert getattr(mlx_lm.models, model_type).Model is Model
+        assert utils._get_classes({"model_type": model_type}) == (seam.HookedModel, Config)
+        assert getattr(mlx_lm.models, model_type).Model is seam.HookedModel
     assert stock_cache.ConvWindow is ConvWindow
     seam.unregister()
     for model_type in ("lfm2_moe", "lfm2"):
@@ -190,7 +190,7 @@ def test_load_reads_every_spelling(tmp_path: Path, layout: str) -> None:
         name: array if name.endswith("expert_bias") else array.astype(mx.bfloat16)
         for name, array in tensors.items()
     }
-    expected = Model(Config.from_dict(config)).sanitize(rounded)
+    expected = seam.HookedModel(Config.from_dict(config)).sanitize(rounded)
     found = dict(tree_flatten(model.parameters()))
     assert set(found) == set(expected)
     assert all(mx.array_equal(found[name], expected[name]).item() for name in expected)

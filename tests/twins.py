@@ -10,7 +10,8 @@ import pytest
 from metal_host import available, installed, refusal
 from models import as_numpy
 
-from lfm_mlx.kernels import cases, metal
+from lfm_mlx.doctor import cases
+from lfm_mlx.kernels import metal
 from lfm_mlx.kernels.matrix import Matrix
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lfm_mlx.constraint import Constraint
-from lfm_mlx.control import vocabulary_of
-from lfm_mlx.hub import DEMO_FOLDER
+from lfm_mlx.answer.control import vocabulary_of
+from lfm_mlx.checkpoint.hub import DEMO_FOLDER
+from lfm_mlx.engine.constraint import Constraint
 from lfm_mlx.load import load_tokenizer
 
 TOKENIZER = load_tokenizer(DEMO_FOLDER)

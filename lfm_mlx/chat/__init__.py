@@ -1,30 +1,7 @@
-"""Messages ⇄ text: the checkpoint's chat template one way, typed segments the other.
+"""A conversation on a terminal: `python -m lfm_mlx.chat`.
 
-Never sees an array. Going in, messages become token ids (`render`), and content stays content
-whatever it spells. Coming out, token ids become text (`TextStream`), and text becomes segments
-(`segments`): thinking, text, and tool calls that fit the tools.
-
-    messages ─▶ template ─▶ prompt ─▶ model ─▶ token_text ─▶ tags ─▶ answer
-                                     tool_calls ◀─ call_syntax, json_calls, schema ┘
+program ─▶ session ─▶ responder ─▶ stream, cache        the model's side
+           session ─▶ conversation, commands            what was said, and what to do about it
+           session ─▶ tools ─▶ tool_worker (a process)  functions of a Python file
+           session ─▶ view: plain, or screen ─▶ blocks  what the person sees
 """
-
-from lfm_mlx.chat.answer import Segment, as_message, segments
-from lfm_mlx.chat.prompt import render
-from lfm_mlx.chat.tags import TAGS, TEXT, THINKING, TOOL_CALL
-from lfm_mlx.chat.token_text import TextStream
-from lfm_mlx.chat.tool_calls import Call, CallError, parse
-
-__all__ = [
-    "TAGS",
-    "TEXT",
-    "THINKING",
-    "TOOL_CALL",
-    "Call",
-    "CallError",
-    "Segment",
-    "TextStream",
-    "as_message",
-    "parse",
-    "render",
-    "segments",
-]

@@ -1,8 +1,8 @@
-"""python -m lfm_mlx.chat: a conversation on a terminal, which `lfm_mlx.terminal` holds."""
+"""python -m lfm_mlx.chat: a conversation on a terminal."""
 
 import sys
 
-from lfm_mlx.terminal.program import command
+from lfm_mlx.chat.program import command
 
 if __name__ == "__main__":
     sys.exit(command())

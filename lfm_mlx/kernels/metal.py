@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.command import InputError
+from lfm_mlx.errors import InputError
 
 VARIABLE = "LFM_MLX_KERNELS"
 OPERATIONS = ("short_conv", "norm_router", "qk_norm_rope", "projection", "experts")

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.command import one_line
+from lfm_mlx.errors import one_line
 from lfm_mlx.kernels.experts import experts
 from lfm_mlx.kernels.matrix import Matrix
 from lfm_mlx.kernels.metal import Kernels

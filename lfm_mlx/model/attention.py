@@ -8,8 +8,8 @@ import mlx.nn as nn
 from lfm_mlx.config import Config
 from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, among
 from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
-from lfm_mlx.keys_values import attend
 from lfm_mlx.model.linear import Merged, project, project_matrix
+from lfm_mlx.model.sdpa import attend
 
 
 class Attention(nn.Module):

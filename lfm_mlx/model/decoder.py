@@ -1,25 +1,22 @@
 """The decoder: embedding, layers, final norm and the head tied to the embedding."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from lfm_mlx import quantize, weights
-from lfm_mlx.cache import log_tokens, make_cache, restore_windows
-from lfm_mlx.checkpoint import TensorInfo
+from lfm_mlx.cache.cache import log_tokens, make_cache
+from lfm_mlx.cache.rewind import restore_windows
 from lfm_mlx.config import Config
 from lfm_mlx.kernels import metal
 from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, UseKernels
 from lfm_mlx.kernels.self_check import working
-from lfm_mlx.keys_values import attention_mask
 from lfm_mlx.model.attention import Attention
 from lfm_mlx.model.experts import SparseFeedForward
 from lfm_mlx.model.feed_forward import FeedForward
 from lfm_mlx.model.linear import matrix_of, project, project_matrix
+from lfm_mlx.model.sdpa import attention_mask
 from lfm_mlx.model.short_conv import ShortConv
 from lfm_mlx.model.step import CompiledStep, is_step
 
@@ -178,20 +175,3 @@ class Model(nn.Module):
         for module in self.modules():
             if isinstance(module, (Attention, FeedForward)):
                 module.merged.merge(module)
-
-    def sanitize(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """mlx-lm's hook: a checkpoint's tensors, in any spelling, as this model's parameters."""
-        infos = {name: TensorInfo("", array.shape, Path()) for name, array in tensors.items()}
-        built = {p.name: p.build(tensors) for p in weights.assignments(self.config, infos)}
-        return {name: weights.cast(name, array, None) for name, array in built.items()}
-
-    @property
-    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
-        """mlx-lm's hook: which modules its convert command packs."""
-        never = re.compile("|".join(quantize.NEVER))
-        return lambda path, module: never.fullmatch(path) is None
-
-    @property
-    def cast_predicate(self) -> Callable[[str], bool]:
-        """mlx-lm's hook: which parameters its convert command casts to the dtype asked for."""
-        return lambda name: weights.FLOAT32.fullmatch(name) is None

@@ -3,8 +3,8 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from lfm_mlx.cache.conv_window import KEPT_COLUMNS, ConvWindow
 from lfm_mlx.config import Config
-from lfm_mlx.conv_window import KEPT_COLUMNS, ConvWindow
 from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, among
 from lfm_mlx.kernels.short_conv import short_conv
 from lfm_mlx.model.linear import project

@@ -13,14 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from lfm_mlx.conv_window import ConvWindow
+from lfm_mlx.cache.conv_window import ConvWindow
 from lfm_mlx.kernels.metal import Kernels
-from lfm_mlx.keys_values import attention_mask
+from lfm_mlx.model.sdpa import attention_mask
 
 Arrays = list[mx.array]
 
 
-class Stretch:
+class CompiledSpan:
     """The rest of an attention layer, the convolution layers after it, the next one's beginning.
 
     attention, following: the attention layers at both ends; None for the embedding and the head
@@ -74,7 +74,7 @@ class CompiledStep:
         attentions = [i for i, layer in enumerate(model.layers) if "self_attn" in layer]
         self.attentions = [(index, model.layers[index].self_attn) for index in attentions]
         ends = pairwise([None, *attentions, None])
-        self.stretches = [Stretch(model, begin, end, kernels) for begin, end in ends]
+        self.stretches = [CompiledSpan(model, begin, end, kernels) for begin, end in ends]
 
     def suits(self, model: Any, kernels: Kernels) -> bool:
         """Whether the model is what it was: compiling took every weight as constant."""

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from lfm_mlx.command import InputError
+from lfm_mlx.errors import InputError
 from lfm_mlx.kernels import metal
 
 

@@ -97,7 +97,7 @@ def test_experts_are_hugging_faces_for_every_token(name: str) -> None:
 
 
 def routes(model: Model, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Chosen experts and their weights [S, L, K], from the model's own hidden states."""
+    """SelectedModel experts and their weights [S, L, K], from the model's own hidden states."""
     found = []
     h = model.model.embed_tokens(mx.array(tokens)[None])
     for layer in model.layers:

@@ -19,10 +19,10 @@ import quantize_and_upload as script
 from hub_stand_in import CUT, Hub, connect, environment
 from make_random_checkpoint import config_of_size, write_checkpoint
 
-from lfm_mlx import checkpoint, output
-from lfm_mlx.checkpoint import Checkpoint
-from lfm_mlx.command import run
-from lfm_mlx.hub import resolve
+from lfm_mlx.checkpoint import folder, writer
+from lfm_mlx.checkpoint.folder import Checkpoint
+from lfm_mlx.checkpoint.hub import resolve
+from lfm_mlx.cli.command import run
 from lfm_mlx.load import load_model
 
 SCRIPT = Path(script.__file__)
@@ -135,7 +135,7 @@ def test_card(hub: Hub) -> None:
     }
     assert f"python -m lfm_mlx.generate --model {REPO} --prompt" in text
     assert f"mlx_lm.generate --model {REPO} --prompt" in text
-    metadata = json.loads((Path("tiny-4bit") / checkpoint.INDEX_FILE).read_text())["metadata"]
+    metadata = json.loads((Path("tiny-4bit") / folder.INDEX_FILE).read_text())["metadata"]
     bits = 8 * metadata["total_size"] / metadata["total_parameters"]
     assert f"| bits per weight | {bits:.3f} |" in text
     assert "## Quality" in text
@@ -169,7 +169,7 @@ def test_dry_run_tells_what_would_be_published(
     assert publish(*options) == 0
     published = hub.repositories[REPO].files
     assert card == published["README.md"].decode()
-    for name in published.keys() - {".gitattributes", checkpoint.INDEX_FILE, "model.safetensors"}:
+    for name in published.keys() - {".gitattributes", folder.INDEX_FILE, "model.safetensors"}:
         assert f"  {name}" in files
     size = model_card.size(Checkpoint("tiny-4bit").nbytes)
     assert f"{size}  model*.safetensors" in files
@@ -426,7 +426,7 @@ def test_folder_with_something_else(hub: Hub, capsys: pytest.CaptureFixture[str]
     Path("tiny-4bit").mkdir()
     Path("tiny-4bit", "notes.txt").write_text("mine")
     assert "tiny-4bit: is there already" in refusal(capsys)
-    assert "holds something that is not a checkpoint" in refusal(capsys, "--force")
+    assert "holds something else than what is made here" in refusal(capsys, "--force")
     assert REPO not in hub.repositories
 
 
@@ -447,7 +447,7 @@ def test_disk_full(
     def write(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(output.ShardWriter, "add", write)
+    monkeypatch.setattr(writer.ShardWriter, "add", write)
     assert "no space left on the disk" in refusal(capsys)
     assert list(Path.cwd().iterdir()) == []
     assert REPO not in hub.repositories

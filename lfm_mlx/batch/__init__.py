@@ -1,0 +1,1 @@
+"""Many prompts or conversations, answered together: `python -m lfm_mlx.batch`."""

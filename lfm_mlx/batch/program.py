@@ -1,0 +1,142 @@
+"""Many prompts or conversations, answered together: JSON lines in, JSON lines out.
+
+    python -m lfm_mlx.batch --model demo --in questions.jsonl --out answers.jsonl
+
+A line in has `prompt`, or `messages` with `tools`, and may have `id` and `max_tokens`. A line out
+has the `id` and the `line` of its request, and either what was answered or an `error`. Answers come
+in the order in which they end. Run again, the command goes on where it was stopped.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lfm_mlx import chatml, device
+from lfm_mlx.answer.control import Control
+from lfm_mlx.answer.question import Question, ask
+from lfm_mlx.answer.responder import Answered, answer_many
+from lfm_mlx.answer.stream import rate
+from lfm_mlx.batch.files import Request, Results, open_results, read_requests
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.cli.model_options import (
+    SelectedModel,
+    add_model_options,
+    add_sampling_options,
+    at_least_one,
+)
+from lfm_mlx.errors import InputError, one_line
+from lfm_mlx.model import Model
+
+MAX_TOKENS = 4096
+BATCH_SIZE = 8
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="lfm_mlx.batch", description="Answer many prompts together.")
+    add = parser.add_argument
+    add("--in", dest="source", required=True, type=Path, metavar="FILE.jsonl", help="requests")
+    add("--out", dest="target", required=True, type=Path, metavar="FILE.jsonl",
+        help="results, added to those that are there")  # fmt: skip
+    add("--max-tokens", type=int, default=MAX_TOKENS,
+        help="longest answer where a line has no max_tokens (default %(default)s)")  # fmt: skip
+    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N",
+        help="answers decoded together (default %(default)s)")  # fmt: skip
+    add_sampling_options(parser)
+    add_model_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    at_least_one(args, "max_tokens", "batch_size")
+    requests = read_requests(args.source)
+    if args.target.exists() and args.target.samefile(args.source):
+        raise InputError("--in and --out are the same file; give another name")
+    chosen = SelectedModel(args)
+    longest = min(args.max_tokens, chosen.config.max_position_embeddings)
+    chosen.require_room(args.batch_size * longest)
+    with open_results(args.target) as results, device.wired_limit():
+        left = results.unanswered(requests)
+        if not left:
+            print(f"{args.target}: has a result for each line", file=sys.stderr)
+            return
+        model = chosen.load()
+        with tqdm(
+            total=len(requests), initial=len(requests) - len(left), unit="line", disable=None
+        ) as bar:
+            batch = Batch(chosen, model, results, bar)
+            batch.answer(left)
+    print(batch, file=sys.stderr)
+
+
+class Batch:
+    """Answers requests into a file of results, and counts."""
+
+    def __init__(self, chosen: SelectedModel, model: Model, results: Results, bar: tqdm):
+        self.chosen, self.model, self.results, self.bar = chosen, model, results, bar
+        self.answers = self.errors = self.prompt_tokens = self.generated_tokens = 0
+        self.seconds = 0.0
+
+    def answer(self, requests: list[Request]) -> None:
+        """Write a result for each of the requests."""
+        began = time.perf_counter()
+        args, chosen = self.chosen.args, self.chosen
+        answers = answer_many(
+            self.model, chosen.tokenizer, self._questions(requests), chosen.sampling,
+            seed=args.seed, size=args.batch_size,
+        )  # fmt: skip
+        for answered in answers:
+            self.results.write(answered.key, result_of(answered))
+            self.answers += 1
+            self.prompt_tokens += answered.prompt_tokens
+            self.generated_tokens += answered.generated_tokens
+            self.seconds = time.perf_counter() - began
+            self.bar.update()
+
+    def _questions(self, requests: list[Request]) -> Iterator[tuple[Request, Question]]:
+        """The requests that can be answered; the others get their result at once."""
+        for request in requests:
+            try:
+                yield request, self._question(request)
+            except InputError as error:
+                self.results.write(request, {"error": one_line(error)})
+                self.errors += 1
+                self.bar.update()
+
+    def _question(self, request: Request) -> Question:
+        if request.error is not None:
+            raise InputError(request.error)
+        return ask(
+            self.chosen.tokenizer, self.chosen.config, request.messages,
+            control=Control(tools=request.tools or ()), date=self.chosen.date,
+            max_tokens=request.max_tokens or self.chosen.args.max_tokens,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return (
+            f"{self.answers} answers and {self.errors} errors in {self.seconds:.1f} s: "
+            f"{self.prompt_tokens} tokens of prompts, {self.generated_tokens} of answers, "
+            f"{rate(self.generated_tokens, self.seconds):.1f} tokens/s"
+        )
+
+
+def result_of(answered: Answered) -> dict[str, Any]:
+    """The answer as a line of results has it."""
+    message = chatml.as_message(answered.segments)
+    return {
+        "text": message["content"],
+        "thinking": message.get("thinking", ""),
+        "tool_calls": message.get("tool_calls", []),
+        "finish_reason": answered.finish_reason,
+        "prompt_tokens": answered.prompt_tokens,
+        "generated_tokens": answered.generated_tokens,
+    }
+
+
+def command() -> int:
+    return run(main, "lfm_mlx.batch")

@@ -1,0 +1,121 @@
+"""python -m lfm_mlx.chat: options in, a Session and a View out, and the loop between them.
+
+python -m lfm_mlx.chat --model demo --tools examples/tools.py
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from lfm_mlx import device
+from lfm_mlx.answer.control import Control
+from lfm_mlx.answer.question import MAX_TOKENS
+from lfm_mlx.answer.responder import Responder
+from lfm_mlx.chat.commands import COMMANDS, run_command
+from lfm_mlx.chat.conversation import Conversation
+from lfm_mlx.chat.plain import Plain
+from lfm_mlx.chat.session import Session, status
+from lfm_mlx.chat.tools import Tools
+from lfm_mlx.chat.view import View
+from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.cli.control_options import add_thinking_options, thinking_tokens
+from lfm_mlx.cli.model_options import (
+    SelectedModel,
+    add_model_options,
+    add_sampling_options,
+    at_least_one,
+)
+from lfm_mlx.errors import InputError, one_line
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="lfm_mlx.chat", description="Converse on a terminal, or through pipes.")
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="the system message")
+    add("--conversation", metavar="FILE", help="go on with this one if it is there, and keep it")
+    add("--tools", metavar="FILE.py", help="offer the public functions of a Python file")
+    add("--yes", action="store_true", help="run tools without asking")
+    add("--tool-seconds", type=float, default=30.0, metavar="S",
+        help="how long one call of a tool may take (default %(default)g)")  # fmt: skip
+    add("--no-show-thinking", action="store_true", help="begin with thoughts folded away")
+    add("--plain", action="store_true", help="on a terminal too, be as in a pipe")
+    add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
+    add_thinking_options(parser.add_argument_group("thinking"))
+    add_sampling_options(parser)
+    add_model_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    at_least_one(args, "max_tokens")
+    if args.tool_seconds <= 0:
+        raise InputError(f"--tool-seconds is {args.tool_seconds:g}; expected more than 0")
+    control = Control(max_thinking_tokens=thinking_tokens(args))
+    conversation = conversation_of(args)
+    tools = Tools(args.tools, args.tool_seconds) if args.tools else None
+    chosen = SelectedModel(args)
+    chosen.require_room(min(args.max_tokens, chosen.config.max_position_embeddings))
+    with device.wired_limit():
+        responder = Responder(
+            chosen.load(), chosen.tokenizer, chosen.sampling, seed=args.seed, date=chosen.date,
+            control=control, max_tokens=args.max_tokens,
+        )  # fmt: skip
+        view = view_of(args, responder)
+        session = Session(
+            conversation, responder, view, tools=tools, tool_seconds=args.tool_seconds,
+            ask_first=not args.yes, file=args.conversation,
+        )  # fmt: skip
+        loop(session)
+
+
+def conversation_of(args: argparse.Namespace) -> Conversation:
+    """What --conversation holds, with the system message that --system asks for."""
+    conversation = Conversation()
+    if args.conversation is not None and Path(args.conversation).expanduser().exists():
+        conversation = Conversation.load(args.conversation)
+    if args.system is not None:
+        conversation.system = args.system
+    return conversation
+
+
+def view_of(args: argparse.Namespace, responder: Responder) -> View:
+    """A Screen where a person sits at both ends, else Plain."""
+    shown = not args.no_show_thinking
+    if args.plain or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return Plain(shown)
+    try:
+        screen = import_module("lfm_mlx.chat.screen")
+    except ImportError as error:
+        raise InputError(
+            f"a chat on a terminal needs {error.name}; pip install 'lfm_mlx[chat]', or --plain"
+        ) from error
+    return screen.Screen(shown, lambda: status(responder), [f"/{name}" for name in COMMANDS])
+
+
+def loop(session: Session) -> None:
+    """Go on until the person leaves."""
+    while session.is_open:
+        try:
+            text = session.view.ask()
+        except EOFError:
+            return
+        try:
+            handle(session, text)
+        except InputError as error:
+            session.view.note(one_line(error))
+        except KeyboardInterrupt:
+            session.view.note("stopped")
+
+
+def handle(session: Session, text: str) -> None:
+    """Do what was typed: a command, or a message to the model. Raises InputError."""
+    if text.startswith("/"):
+        run_command(session, text)
+    elif text.strip():
+        session.ask(text)
+
+
+def command() -> int:
+    return run(main, "lfm_mlx.chat")

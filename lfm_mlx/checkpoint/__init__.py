@@ -1,0 +1,1 @@
+"""Bytes ⇄ parameters: folders, the hub, weights under every spelling, quantization, writing."""

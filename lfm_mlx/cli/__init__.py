@@ -1,0 +1,1 @@
+"""What commands share: their options, their exit codes, and how they print."""

@@ -1,0 +1,100 @@
+"""The options that say which model runs and how its tokens are drawn, and what they stand for."""
+
+import argparse
+import datetime
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+
+from tqdm import tqdm
+
+from lfm_mlx import device
+from lfm_mlx.checkpoint.folder import Checkpoint
+from lfm_mlx.checkpoint.hub import resolve
+from lfm_mlx.config import Config
+from lfm_mlx.engine.sample import Sampling
+from lfm_mlx.errors import InputError
+from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes
+from lfm_mlx.model import Model
+
+# The bar of `load_model`, on a terminal.
+LOADING = partial(tqdm, desc="load", unit="tensor", disable=None, leave=False)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("how tokens are drawn").add_argument
+    add("--temp", type=float, dest="temperature", metavar="T", help="0: always the likeliest token")
+    add("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens; 0: all")
+    add("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this mass")
+    add("--min-p", type=float, metavar="P", help="least probability, relative to the likeliest")
+    add("--repetition-penalty", type=float, metavar="R", help="1: none")
+    add("--seed", type=int, help="the same seed draws the same tokens")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", required=True, help="folder, hub name, or demo")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on a CPU")
+    add("--check", action="store_true", help="refuse weights with NaN or infinity")
+    add("--force", action="store_true", help="load even what does not fit in memory")
+    add("--date", metavar="YYYY-MM-DD", help="the day the model is told (default: today)")
+
+
+class SelectedModel:
+    """The model that the options name; its weights are read by `load`, all else at once.
+
+    Raises InputError for what is not there, or not a model of this family.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.date = day(args.date)
+        self.folder = resolve(args.model)
+        self.checkpoint = Checkpoint(self.folder)
+        self.config = Config.from_dict(self.checkpoint.config)
+        self.sampling = sampling_of(args, self.checkpoint)
+        self.tokenizer = load_tokenizer(self.folder)
+
+    def require_room(
+        self, context: int, cache_bytes: Callable[[int, int], int] | None = None
+    ) -> None:
+        """Raise InputError when weights and a cache of `context` tokens cannot fit, unless forced.
+
+        cache_bytes: of so many tokens at so many bytes a value; the config's when None
+        """
+        if self.args.force:
+            return
+        target = as_dtype(self.args.dtype)
+        itemsize = target.size if target is not None else 2
+        weights = loaded_bytes(self.config, self.checkpoint.tensors, target)
+        measured = cache_bytes or self.config.cache_bytes
+        device.require_room(weights, measured(context, itemsize), context)
+
+    def load(self) -> Model:
+        """The model, with a progress bar on a terminal."""
+        return load_model(
+            self.folder, dtype=self.args.dtype, check=self.args.check, progress=LOADING
+        )
+
+
+def sampling_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampling:
+    """The checkpoint's sampling with what the command line changes."""
+    defaults = Sampling.of_checkpoint(checkpoint.generation_config)
+    given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    return replace(defaults, **{key: value for key, value in given.items() if value is not None})
+
+
+def day(text: str | None) -> str:
+    """The day as YYYY-MM-DD; today when None."""
+    try:
+        return (datetime.date.fromisoformat(text) if text else datetime.date.today()).isoformat()
+    except ValueError:
+        raise InputError(f"--date is {text!r}; expected YYYY-MM-DD") from None
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError for an option of these that is a number below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected 1 or more")

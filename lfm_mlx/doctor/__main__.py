@@ -1,0 +1,8 @@
+"""python -m lfm_mlx.doctor: check every Metal kernel on this machine."""
+
+import sys
+
+from lfm_mlx.doctor.program import command
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,1 @@
+"""Token ids only: sampling, decoding, speculation, constraints, and a prompt cache on disk."""
