@@ -16,6 +16,7 @@ from lfm_mlx.kernels.metal import OPERATIONS
 from lfm_mlx.kernels.projection import projection
 from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
 from lfm_mlx.kernels.router import norm_router
+from lfm_mlx.kernels.self_check import on_the_cpu
 from lfm_mlx.kernels.short_conv import short_conv
 
 Arrays = tuple[mx.array, ...]
@@ -75,15 +76,10 @@ class Case:
 
     def exact(self) -> Arrays:
         """What the reference makes of the same numbers in float32, on the CPU."""
-        # To compile for a CPU, MLX would need a C++ compiler on this machine.
-        mx.disable_compile()
-        try:
-            with mx.stream(mx.cpu):
-                inputs = {name: wide(value) for name, value in self.inputs.items()}
-                found = self.with_operations(inputs)
-                mx.eval(found)
-        finally:
-            mx.enable_compile()
+        with on_the_cpu():
+            inputs = {name: wide(value) for name, value in self.inputs.items()}
+            found = self.with_operations(inputs)
+            mx.eval(found)
         return found
 
     def chain(self, run: Run, length: int) -> list[Arrays]:

@@ -109,3 +109,19 @@ def test_the_kernel_states_its_limits(
     qkv, weight = mx.zeros((1, length, 3 * width)), mx.ones((width,), dtype)
     with twins.kernels(), pytest.raises(RuntimeError, match=reason):
         qk_norm_rope(qkv, weight, weight, 1, 1, eps=EPS, base=THETA, use_kernel=True)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_heads_are_rounded_before_they_meet_their_weight(dtype: mx.Dtype) -> None:
+    """As the operations round a norm; at position 0 nothing is turned."""
+    size = (1, 1, 16, 1, 64)
+    qkv, weight, _ = draw(3, size, dtype)
+    with twins.kernels(checked=False):
+        queries, _, _ = qk_norm_rope(
+            *(qkv, weight, weight, 16, 1), eps=EPS, base=THETA, use_kernel=True
+        )
+        mx.eval(queries)
+    heads = as_numpy(qkv).reshape(-1, 64)[:16]
+    scale = 1 / np.sqrt((heads.astype(np.float64) ** 2).mean(-1, keepdims=True) + EPS)
+    exact = twins.rounded(heads * scale, dtype).astype(np.float64) * as_numpy(weight)
+    twins.mostly_equal(queries[0, :, 0], exact)

@@ -116,7 +116,12 @@ def draw_layer(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_norm_router_equals_its_definition(seed: int) -> None:
     x, norm_weight, gate, bias = draw_layer(seed, 5, 9, 37, mx.float32)
-    normed, indices, weights = norm_router(x, norm_weight, 1e-5, Matrix(gate), bias, 3)
+    # One token at a time: products of more are TF32 on some GPUs, if that is asked for.
+    rows = [
+        norm_router(x[:, token : token + 1], norm_weight, 1e-5, Matrix(gate), bias, 3)
+        for token in range(5)
+    ]
+    normed, indices, weights = (mx.concatenate(parts, axis=1) for parts in zip(*rows, strict=True))
     exact = rms_norm(as_numpy(x)[0].astype(np.float64), as_numpy(norm_weight), 1e-5)
     chosen, wanted = judge_router(exact, as_numpy(gate), as_numpy(bias), 3, True, 1.0)
     twins.close(normed[0], exact)
@@ -164,13 +169,50 @@ def expect_the_kernel_to_agree(drawn: tuple[Any, ...], count: int, biased: bool)
     twins.same_kind(got, wanted)
     twins.close(got[0], wanted[0])
     # Another order of summation may round a logit the other way: near ties may swap, no more.
-    scores = mx.sigmoid(gate.times(wanted[0]))
+    logits = as_numpy(wanted[0]).astype(np.float64) @ twins.unpacked(gate).T
+    scores = mx.sigmoid(mx.array(logits.astype(np.float32)).astype(dtype))
     shifted = scores if given is None else scores + given
     chosen, best = (mx.take_along_axis(shifted, i, axis=-1) for i in (got[1], wanted[1]))
     twins.close(chosen.astype(dtype), best.astype(dtype))
     picked = as_numpy(mx.take_along_axis(scores, got[1], axis=-1))
     divisor = picked.sum(-1, keepdims=True) + 1e-6 if biased else 1 / scale
     twins.close(got[2], picked / divisor)
+
+
+def routed(gate: np.ndarray, count: int, dtype: mx.Dtype) -> tuple[mx.array, ...]:
+    """What the kernel makes of a token of ones, of which the norm leaves ones."""
+    ones, matrix = mx.ones((1, 1, gate.shape[1]), dtype), Matrix(mx.array(gate).astype(dtype))
+    with twins.kernels(checked=False):
+        found = norm_router(ones, ones[0, 0], 0.0, matrix, None, count, use_kernel=True)
+        mx.eval(found)
+    return found
+
+
+def test_a_missing_epsilon_would_be_seen_in_the_kernel() -> None:
+    _, _, weights = routed(np.full((8, 64), np.log(1e-6) / 64, np.float32), 4, mx.float32)
+    np.testing.assert_allclose(as_numpy(weights), 1 / 5, rtol=1e-3)
+
+
+def test_logits_and_scores_are_rounded_before_they_are_compared() -> None:
+    """What ties in bfloat16 ties, and the lower index wins, though its exact value is lower."""
+    logits = np.zeros((2, 64), np.float32)
+    logits[0, :2], logits[1, :2] = (4.0, 0.01953125), (4.03125, 0.0078125)  # both 4.03125
+    assert np.array(routed(logits, 2, mx.bfloat16)[1]).ravel().tolist() == [0, 1]
+    scores = np.zeros((2, 64), np.float32)
+    scores[:, 0] = 4.03125, 4.0625  # logits that differ, of which the sigmoids round to the same
+    assert np.array(routed(scores, 2, mx.bfloat16)[1]).ravel().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_the_normed_token_is_rounded_before_it_meets_its_weight(dtype: mx.Dtype) -> None:
+    x, norm_weight, gate, _ = draw_layer(2, 1, 8, 512, dtype)
+    with twins.kernels(checked=False):
+        normed, _, _ = norm_router(x, norm_weight, 1e-5, Matrix(gate), None, 2, use_kernel=True)
+        mx.eval(normed)
+    token = as_numpy(x)[0].astype(np.float64)
+    scale = 1 / np.sqrt((token**2).mean() + 1e-5)
+    exact = twins.rounded(token * scale, dtype).astype(np.float64) * as_numpy(norm_weight)
+    twins.mostly_equal(normed[0], exact)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])

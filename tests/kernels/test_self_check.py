@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import twins
 
 from lfm_mlx.kernels import metal, self_check
+from lfm_mlx.kernels.matrix import Matrix
 
 
 def test_every_operation_is_checked() -> None:
@@ -20,6 +22,50 @@ def test_the_kernels_pass(caplog: pytest.LogCaptureFixture) -> None:
         assert self_check.working(metal.chosen(True)) == frozenset(metal.OPERATIONS)
         assert self_check.working(frozenset({"experts"})) == {"experts"}
     assert not caplog.records
+
+
+def test_a_gpu_that_multiplies_in_tf32_is_no_fault_of_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As an M5 does with float32 matrices of two rows and more, while the CPU does not."""
+    streams: list[mx.Device] = []
+    plain = Matrix.times
+
+    def times(self: Matrix, x: mx.array) -> mx.array:
+        streams.append(mx.default_stream(mx.default_device()).device)
+        dense = self.scales is None and x.dtype == mx.float32
+        if dense and min(x.size // x.shape[-1], self.weight.shape[0]) > 1:
+            return plain(self._replace(weight=tf32(self.weight)), tf32(x))
+        return plain(self, x)
+
+    monkeypatch.setattr(Matrix, "times", times)
+    assert tf32(mx.array([1 + 2**-12, 1 + 2**-10])).tolist() == [1, 1 + 2**-10]
+    with twins.kernels(checked=False):
+        assert self_check.disagreement("norm_router") < self_check.TOLERANCE
+        assert self_check.disagreement("projection") < self_check.TOLERANCE
+    assert {device.type for device in streams} == {mx.DeviceType.cpu}
+
+
+def tf32(x: mx.array) -> mx.array:
+    """Rounded to TF32's 10 bits."""
+    bits = np.array(x).view(np.uint32).astype(np.uint64)
+    return mx.array(
+        ((bits + 0xFFF + ((bits >> 13) & 1)) >> 13 << 13).astype(np.uint32).view(np.float32)
+    )
+
+
+def test_whoever_turned_compilation_off_keeps_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+    monkeypatch.setattr(mx, "enable_compile", lambda: enabled.append(True))
+    monkeypatch.delenv("MLX_DISABLE_COMPILE", raising=False)
+    with self_check.on_the_cpu():
+        pass
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    with self_check.on_the_cpu():
+        pass
+    monkeypatch.undo()
+    mx.enable_compile()
+    assert enabled == [True]
 
 
 @pytest.mark.parametrize("operation", metal.OPERATIONS)

@@ -157,3 +157,30 @@ def test_the_kernel_keeps_a_nan_in_the_padding() -> None:
         y, _ = short_conv(dirty, taps, bias, window, mx.array([2]), use_kernel=True)
         mx.eval(y)
     twins.close(y[:, 2:], wanted[:, 2:])
+
+
+def test_a_row_that_stops_before_it_starts_keeps_its_window() -> None:
+    bcx, taps, _, window = (mx.array(array) for array in draw(5, 3, 4, 8, 3))
+    stop = mx.array([-2, 3, -9])
+    wanted = short_conv_reference(bcx, taps, None, window, None, stop)
+    with twins.kernels():
+        got = short_conv(bcx, taps, None, window, None, stop, use_kernel=True)
+        mx.eval(got)
+    np.testing.assert_array_equal(as_numpy(got[1]), as_numpy(wanted[1]))
+    twins.close(got[0], wanted[0])
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_products_are_rounded_before_they_are_added(dtype: mx.Dtype) -> None:
+    """So a window holds what was added, and a prompt in chunks gives what it gives whole."""
+    length, width = 9, 64
+    bcx, taps = (mx.array(array).astype(dtype) for array in draw(6, 1, length, width, 3)[:2])
+    with twins.kernels(checked=False):
+        y, _ = short_conv(bcx, taps, use_kernel=True)
+        mx.eval(y)
+    gate_in, gate_out, x = np.split(as_numpy(bcx)[0], 3, axis=-1)
+    columns = np.pad(twins.rounded(gate_in * x, dtype), ((2, 0), (0, 0)))
+    total = np.zeros((length, width), np.float32)
+    for tap, weight in enumerate(as_numpy(taps).T):
+        total += columns[tap : tap + length] * weight
+    np.testing.assert_array_equal(as_numpy(y)[0], twins.rounded(gate_out * total, dtype))

@@ -168,7 +168,12 @@ def _prelude() -> Path:
 
     text = "#pragma clang system_header\n" + inlined("mlx/backend/metal/kernels/utils.h")
     target = _cached(text, [], ".h")
-    target.write_text(rewritten(text), encoding="utf-8")
+    if not target.exists():
+        # Under a name of its own first: a process beside this one may be compiling with it.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder, target.name)
+            made.write_text(rewritten(text), encoding="utf-8")
+            made.replace(target)
     return target
 
 

@@ -175,7 +175,8 @@ def installed(*, checked: bool = False) -> Iterator[None]:
     ):
         mx.disable_compile()
         try:
-            yield
+            with mock.patch.object(mx, "enable_compile"):
+                yield
         finally:
             mx.enable_compile()
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from metal_host import available, metal_kernel, refusal
+from metal_host import available, build, metal_kernel, refusal
 from metal_host.build import unqualified_pointer
 
 pytestmark = pytest.mark.skipif(not available(), reason=str(refusal()))
@@ -166,3 +166,23 @@ def test_address_spaces_are_missed_only_where_they_are_missing() -> None:
         unqualified_pointer("const device float* x, thread T& y; a * b; const half* z")
         == "const half* z"
     )
+
+
+def test_the_prelude_is_made_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes side by side compile with one file, which none may find half written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    written: list[Path] = []
+    write = Path.write_text
+
+    def watched(path: Path, *args: object, **options: object) -> int:
+        written.append(path)
+        return write(path, *args, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(Path, "write_text", watched)
+    first, again = (build._prelude.__wrapped__() for _ in range(2))
+    assert first == again
+    assert [path.name for path in written] == [first.name], "written once"
+    assert written[0].parent != first.parent, "under a name of its own"
+    assert list(first.parent.iterdir()) == [first]
