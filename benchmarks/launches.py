@@ -3,10 +3,10 @@
     python benchmarks/launches.py
     python benchmarks/launches.py --bits 8 --steps 50
 
-Nothing is computed, so no GPU is needed. A primitive that only looks at its input differently
-(reshape, slice, split, broadcast) launches nothing, a concatenation one copy an input, any other
-primitive one kernel; a Metal kernel, and each of MLX's fused operations, is one. The step is one
-greedy token of one sequence, after a short context, at the full configuration of LFM2.5-8B-A1B.
+Nothing is computed, so no GPU is needed (`on_paper.py`). The step is one token of one sequence,
+after a short context, at the full configuration of LFM2.5-8B-A1B: greedy, and with the recommended
+sampling. Also into how many command buffers MLX cuts it, and the most memory that a prompt of
+2,048 tokens leaves pending.
 
 Beside it: how long Python takes to build that graph, at the full depth and a tiny width, in turns;
 the bytes a token reads; and the tokens per second at which that fills a chip's memory bandwidth.
@@ -14,41 +14,41 @@ Prints tables, then one JSON line.
 """
 
 import argparse
-import contextlib
 import functools
-import io
 import json
-import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import lfm2_moe
+from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 
 from lfm_mlx import Config, Model
 from lfm_mlx.cache.conv_window import ConvWindow
 from lfm_mlx.cli.command import Parser, run
-from lfm_mlx.engine.sample import Sampler
+from lfm_mlx.command_buffers import LARGE, MAX_LAUNCHES, MAX_MEBI_ELEMENTS
+from lfm_mlx.engine.sample import GREEDY, Sampler, Sampling
 from lfm_mlx.errors import InputError
-from lfm_mlx.kernels import metal
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path += [str(Path(__file__).parents[1] / "scripts"), str(Path(__file__).parent)]
 
 from make_random_checkpoint import FULL
+from on_paper import (
+    OWN_LIMITS,
+    blank,
+    command_buffers,
+    count,
+    on_paper,
+    pending_bytes,
+    trace,
+)
 
-VIEWS = {
-    *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "ExpandDims", "Flatten"),
-    *("Reshape", "Slice", "Split", "Squeeze", "StopGradient", "Transpose", "Unflatten", "View"),
-}
-NODE = re.compile(r'\{ (\d+) \[label ="(\w+)"')
-EDGE = re.compile(r"-> (\d+)$", re.M)
 # Apple's published memory bandwidth, GB/s.
 CHIPS = {"M1": 68, "M2": 100, "M3": 100, "M4": 120, "M1 Pro": 200, "M3 Pro": 150, "M4 Pro": 273,
          "M1 Max": 400, "M4 Max": 546, "M3 Ultra": 819}  # fmt: skip
@@ -61,77 +61,6 @@ TINY = FULL | {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 64,
     "num_attention_heads": 2, "num_key_value_heads": 1,
 }  # fmt: skip
-
-
-def launched(inputs: Sequence[Any], shapes: Sequence[Any], dtypes: Sequence[mx.Dtype]) -> Any:
-    """Arrays of these shapes out of one primitive, which has the inputs of a launch."""
-    outputs = [output(tuple(shape), dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    return mx.depends(outputs, [item for item in inputs if isinstance(item, mx.array)])
-
-
-def blank(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
-    """Zeros that take no memory."""
-    zeros = mx.broadcast_to(mx.array(0, dtype), shape)
-    mx.eval(zeros)
-    return zeros
-
-
-output = functools.cache(blank)
-
-
-class CountedKernel:
-    """In the place of what `mx.fast.metal_kernel` builds."""
-
-    def __init__(self, **_: Any):
-        pass
-
-    def __call__(
-        self, *, inputs: Sequence[Any], output_shapes: Any, output_dtypes: Any, **_: Any
-    ) -> list[mx.array]:
-        return launched(inputs, output_shapes, output_dtypes)
-
-
-def like_first(first: mx.array, *others: Any, **options: Any) -> mx.array:
-    """One launch that gives what has the shape of its first input."""
-    inputs = (first, *others, *options.values())
-    return launched(inputs, [first.shape], [first.dtype])[0]
-
-
-def dequantized(
-    weight: mx.array, scales: mx.array, biases: Any = None, group_size: int = 64, *_: Any, **__: Any
-) -> mx.array:
-    shape = (*scales.shape[:-1], scales.shape[-1] * group_size)
-    return launched([weight, scales, biases], [shape], [scales.dtype])[0]
-
-
-@contextlib.contextmanager
-def on_paper() -> Iterator[None]:
-    """Inside, graphs are those of a GPU; they cannot be computed.
-
-    MLX writes its fused operations out in small ones for a CPU: here they are one node.
-    """
-    with contextlib.ExitStack() as stack:
-        for name in ("rms_norm", "rope", "scaled_dot_product_attention"):
-            stack.enter_context(mock.patch.object(mx.fast, name, like_first))
-        stack.enter_context(mock.patch.object(mx, "dequantize", dequantized))
-        stack.enter_context(mock.patch.object(mx.fast, "metal_kernel", CountedKernel))
-        stack.enter_context(mock.patch.object(metal, "available", return_value=True))
-        stack.enter_context(mock.patch("lfm_mlx.model.decoder.working", lambda kernels: kernels))
-        yield
-
-
-def count(outputs: Any) -> int:
-    """The launches it takes to compute `outputs`."""
-    graph = io.StringIO()
-    mx.export_to_dot(graph, *(array for _, array in tree_flatten(outputs)))
-    text = graph.getvalue()
-    inputs: dict[str, int] = {}
-    for node in EDGE.findall(text):
-        inputs[node] = inputs.get(node, 0) + 1
-    return sum(
-        inputs[node] if label == "Concatenate" else label not in VIEWS
-        for node, label in NODE.findall(text)
-    )
 
 
 def packed(model: Any, bits: int) -> Any:
@@ -167,29 +96,44 @@ def of_layers(kinds: Sequence[str], dense: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def greedy(model: Any) -> Callable[[mx.array], Sequence[mx.array]]:
+RECOMMENDED = Sampling()
+ROWS = (2, 4, 8, 16)
+PROMPT = 2048
+
+
+def drawing(model: Any, sampling: Sampling) -> Callable[[mx.array], Any]:
     """The token and its log-probability, as each engine takes them from logits [1, V]."""
     if isinstance(model, Model):
-        return Sampler(model.config.vocab_size, seed=0)
+        sampler = Sampler(model.config.vocab_size, sampling, seed=0)
+        sampler.observe([1, 2])
+        return sampler
+    mx.random.seed(0)  # else the graph has what drew the weights
+    sampler = make_sampler(temp=sampling.temperature, top_k=sampling.top_k)
+    penalty = sampling.repetition_penalty
+    processors = [make_repetition_penalty(penalty, 20)] if penalty != 1.0 else []
 
     def draw(logits: mx.array) -> list[mx.array]:
+        for processor in processors:
+            logits = processor(mx.array([1, 2]), logits)
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        return [mx.argmax(logprobs, axis=-1), logprobs]
+        return [sampler(logprobs), logprobs]
 
     return draw
 
 
-def begun(config: dict[str, Any], model: Any) -> list[Any]:
-    """A cache that has read 4 tokens, with room for more."""
+def begun(config: dict[str, Any], model: Any, rows: int = 1) -> list[Any]:
+    """A cache of `rows` that have read 4 tokens, with room for more."""
     cache = model.make_cache()
     width, heads = config["hidden_size"], config["num_key_value_heads"]
     head_dim = width // config["num_attention_heads"]
     for entry in cache:
         if hasattr(entry, "offset"):
-            entry.keys = entry.values = blank((1, heads, 256, head_dim), mx.bfloat16)
+            entry.keys, entry.values = (
+                blank((rows, heads, 256, head_dim), mx.bfloat16) for _ in range(2)
+            )
             entry.offset = 4
         else:
-            window = blank((1, config["conv_L_cache"] - 1, width), mx.bfloat16)
+            window = blank((rows, config["conv_L_cache"] - 1, width), mx.bfloat16)
             if isinstance(entry, ConvWindow):
                 entry.window = window
             else:
@@ -197,15 +141,19 @@ def begun(config: dict[str, Any], model: Any) -> list[Any]:
     return cache
 
 
-def step(model: Any, cache: list[Any], draw: Callable[[mx.array], Any]) -> list[Any]:
-    """Everything that one more token computes: token, log-probability, and the moved cache."""
-    logits = model(mx.array([[5]]), cache)[:, -1]
-    moved = [
+def moved(cache: Sequence[Any]) -> list[Any]:
+    """What every entry of a cache holds."""
+    return [
         (entry.keys, entry.values) if hasattr(entry, "offset")
         else entry.window if isinstance(entry, ConvWindow) else entry[0]
         for entry in cache
     ]  # fmt: skip
-    return [draw(logits), moved]
+
+
+def step(model: Any, cache: list[Any], draw: Callable[[mx.array], Any], rows: int = 1) -> list[Any]:
+    """Everything that one more token a row computes: tokens, log-probabilities, moved cache."""
+    logits = model(mx.array([[5]] * rows), cache)[:, -1]
+    return [draw(logits), moved(cache)]
 
 
 ENGINES: dict[str, Callable[[dict[str, Any], int], Any]] = {
@@ -215,11 +163,34 @@ ENGINES: dict[str, Callable[[dict[str, Any], int], Any]] = {
 }
 
 
-def launches(engine: str, config: dict[str, Any], bits: int) -> int:
+def launches(engine: str, config: dict[str, Any], bits: int, sampling: Sampling = GREEDY) -> int:
     """Of one token through a model of this configuration."""
     with on_paper():
         model = ENGINES[engine](config, bits)
-        return count(step(model, begun(config, model), greedy(model)))
+        return count(step(model, begun(config, model), drawing(model, sampling)))
+
+
+def row_launches(bits: int, rows: int) -> int:
+    """Of one token for each of several rows, before anything is drawn."""
+    with on_paper():
+        model = ours(True, FULL, bits)
+        return count(step(model, begun(FULL, model, rows), lambda logits: logits, rows))
+
+
+def prompt_pending_bytes(bits: int, tokens: int) -> dict[str, int]:
+    """The most that a prompt computes between two evaluations: as it is, and all at once."""
+    evaluated: list[Any] = []
+    with on_paper(evaluated):
+        model = ours(True, FULL, bits)
+        cache = model.make_cache()
+        h = model.model.embed_tokens(mx.zeros((1, tokens), mx.int32))
+        evaluated.clear()
+        last = model.model.through_layers(h, cache, model.running_kernels())
+        evaluated.append([last, moved(cache)])
+        return {
+            "evaluated every few layers": pending_bytes(evaluated),
+            "evaluated at its end": pending_bytes(evaluated[-1:]),
+        }
 
 
 def dense_launches(engine: str, bits: int) -> int:
@@ -278,7 +249,7 @@ def graph_seconds(steps: int, runs: int, bits: int) -> dict[str, float]:
         models = {engine: build(TINY, bits) for engine, build in ENGINES.items()}
         for _ in range(runs + 1):
             for engine, model in models.items():
-                cache, draw = begun(TINY, model), greedy(model)
+                cache, draw = begun(TINY, model), drawing(model, GREEDY)
                 began = time.perf_counter()
                 for _ in range(steps):
                     step(model, cache, draw)
@@ -295,12 +266,34 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def cuts(bits: int) -> dict[str, dict[str, int]]:
+    """Command buffers of a greedy token, by engine and limits."""
+    limits = OWN_LIMITS | {"ours": (LARGE[MAX_LAUNCHES], LARGE[MAX_MEBI_ELEMENTS])}
+    found: dict[str, dict[str, int]] = {}
+    for engine in ("mlx-lm", "kernels"):
+        with on_paper():
+            model = ENGINES[engine](FULL, bits)
+            traced = trace(step(model, begun(FULL, model), drawing(model, GREEDY)))
+        found[engine] = {name: command_buffers(traced, *limit) for name, limit in limits.items()}
+    return found
+
+
 def main() -> None:
     args = parser().parse_args()
     if min(args.steps, args.runs) < 1:
         raise InputError("expected --steps and --runs of 1 or more")
     found = {engine: by_kind(engine, args.bits) for engine in ENGINES}
     show_launches(found)
+    sampled = {engine: launches(engine, FULL, args.bits, RECOMMENDED) for engine in ENGINES}
+    print(f"{'with recommended sampling':28}", *(f"{n:11}" for n in sampled.values()))
+    rows = {rows: row_launches(args.bits, rows) for rows in ROWS}
+    print("\nlaunches with kernels, but for drawing:", told(rows, "rows"))
+    buffers = cuts(args.bits)
+    for engine, numbers in buffers.items():
+        print(f"command buffers of a token, {engine}: {told(numbers, 'limits')}")
+    pending = prompt_pending_bytes(args.bits, PROMPT)
+    gigabytes = ", ".join(f"{how} {size / 1e9:.2f} GB" for how, size in pending.items())
+    print(f"pending at most in a prompt of {PROMPT}: {gigabytes}")
     seconds = graph_seconds(args.steps, args.runs, args.bits)
     read = bytes_per_token(args.bits)
     spent = (f"{engine} {1e3 * value:.2f}" for engine, value in seconds.items())
@@ -311,14 +304,25 @@ def main() -> None:
         "benchmark": "launches",
         "bits": args.bits,
         "metal_launches_per_token": found["kernels"]["a token"],
+        "metal_launches_per_sampled_token": sampled["kernels"],
+        "command_buffers_per_token": buffers["kernels"]["ours"],
         "reference_launches_per_token": found["operations"]["a token"],
         "mlx_lm_launches_per_token": found["mlx-lm"]["a token"],
+        "mlx_lm_command_buffers_per_token": buffers["mlx-lm"]["Max, Ultra"],
         "launches": found,
+        "launches_per_sampled_token": sampled,
+        "launches_per_step_of_rows": rows,
+        "command_buffers": buffers,
+        "prompt_pending_bytes": pending,
         "graph_seconds_per_step": seconds,
         "weight_bytes_per_token": read,
         "ceiling_tokens_per_second": {c: 1e9 * speed / read for c, speed in CHIPS.items()},
     }
     print(json.dumps(record))
+
+
+def told(numbers: Mapping[Any, int], what: str) -> str:
+    return ", ".join(f"{number} ({name} {what})" for name, number in numbers.items())
 
 
 if __name__ == "__main__":

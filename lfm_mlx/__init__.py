@@ -7,6 +7,7 @@ Shapes everywhere: B batch, L tokens, D hidden width, H heads, Dh head width, E 
 per token, F expert width, W convolution width, V vocabulary.
 """
 
+from lfm_mlx import command_buffers as command_buffers
 from lfm_mlx.config import Config
 from lfm_mlx.load import load
 from lfm_mlx.model import Model

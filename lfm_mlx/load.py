@@ -20,6 +20,7 @@ from lfm_mlx import device
 from lfm_mlx.checkpoint import quantize, weights
 from lfm_mlx.checkpoint.folder import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, listing
 from lfm_mlx.checkpoint.hub import resolve
+from lfm_mlx.command_buffers import set_limits
 from lfm_mlx.config import Config
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.kernels.metal import UseKernels
@@ -56,6 +57,7 @@ def load_model(
     use_kernels: UseKernels = None, progress: weights.Progress = iter,
 ) -> Model:  # fmt: skip
     """The model of a checkpoint folder, weights in place, quantized or not; options as `load`."""
+    set_limits()
     checkpoint, config = open_checkpoint(folder)
     model = Model(config, use_kernels)
     tensors = checkpoint.tensors

@@ -11,7 +11,7 @@ import pytest
 import twins
 from models import as_numpy
 
-from benchmarks import kernels, launches
+from benchmarks import kernels, launches, on_paper
 from lfm_mlx.doctor.cases import Case, Sizes, cases
 from lfm_mlx.kernels import metal
 
@@ -24,7 +24,7 @@ TINY = Sizes(
 ROOT = Path(__file__).parents[1]
 # Those that need what the package's environment has not are left out.
 FILES = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")])
-LIBRARIES = {"demo_conversations", "model_card", "train_demo", "make_reference"}
+LIBRARIES = {"demo_conversations", "model_card", "train_demo", "make_reference", "on_paper"}
 PROGRAMS = [file for file in FILES if file.stem not in LIBRARIES]
 
 
@@ -45,9 +45,42 @@ def test_launches_of_a_token(engine: str, of_a_token: int) -> None:
 def test_a_view_is_no_launch_and_a_concatenation_copies_each_input() -> None:
     a, b = mx.ones((2, 3)), mx.ones((4, 3))
     mx.eval(a, b)
-    assert launches.count([a.reshape(3, 2)[1:]]) == 0
-    assert launches.count([mx.concatenate([a, b])]) == 2
-    assert launches.count([mx.abs(a) + 1.0]) == 2
+    assert on_paper.count([a.reshape(3, 2)[1:]]) == 0
+    assert on_paper.count([mx.concatenate([a, b])]) == 2
+    assert on_paper.count([mx.abs(a) + 1.0]) == 2
+
+
+def test_a_token_in_few_command_buffers() -> None:
+    found = launches.cuts(4)
+    assert found["mlx-lm"]["Max, Ultra"] == 24
+    assert found["kernels"]["Max, Ultra"] == 24
+    assert found["kernels"]["ours"] <= 5
+
+
+def test_where_a_command_buffer_ends() -> None:
+    """After the primitive that exceeds a limit; an array counts once in a buffer."""
+    mebi = 1 << 20
+    first, second, third = (
+        on_paper.Launch(1, [("x", mebi), (name, mebi)], 0) for name in ("y", "z", "y")
+    )
+    assert on_paper.command_buffers([first, first, first], 40, 2) == 1
+    assert on_paper.command_buffers([first, second, third], 40, 2) == 2
+    assert on_paper.command_buffers([first, second, third, third], 2, 40) == 2
+    assert on_paper.command_buffers([first, second], 1, 40) == 1, "both in the one that is ended"
+
+
+def test_a_trace_is_what_is_counted() -> None:
+    with on_paper.on_paper():
+        model = launches.ours(True, launches.FULL, 4)
+        cache = launches.begun(launches.FULL, model)
+        made = launches.step(model, cache, launches.drawing(model, launches.GREEDY))
+        assert sum(launch.kernels for launch in on_paper.trace(made)) == on_paper.count(made)
+
+
+def test_a_prompt_leaves_little_memory_pending() -> None:
+    found = launches.prompt_pending_bytes(4, 2048)
+    assert found["evaluated every few layers"] < 1.3e9
+    assert found["evaluated at its end"] > 5 * found["evaluated every few layers"]
 
 
 def chosen_weights(indices: mx.array, weights: mx.array) -> np.ndarray:

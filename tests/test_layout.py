@@ -15,7 +15,7 @@ PACKAGE = Path(lfm_mlx.__file__).parent
 # anywhere, but not in a circle.
 RANKS = {
     "errors": 0,
-    **dict.fromkeys(("files", "kernels", "tool_calls"), 1),
+    **dict.fromkeys(("files", "command_buffers", "kernels", "tool_calls"), 1),
     **dict.fromkeys(("config", "device", "chatml"), 2),
     **dict.fromkeys(("checkpoint", "cache"), 3),
     "model": 4,

@@ -6,7 +6,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from lfm_mlx.cache.cache import log_tokens, make_cache
+from lfm_mlx.cache.cache import cache_state, log_tokens, make_cache
+from lfm_mlx.cache.conv_window import ConvWindow
 from lfm_mlx.cache.rewind import restore_windows
 from lfm_mlx.config import Config
 from lfm_mlx.kernels import metal
@@ -19,6 +20,9 @@ from lfm_mlx.model.linear import matrix_of, project, project_matrix
 from lfm_mlx.model.sdpa import attention_mask
 from lfm_mlx.model.short_conv import ShortConv
 from lfm_mlx.model.step import CompiledStep, is_step
+
+# Tokens times layers that a prompt computes at a time: 1 GB of the 8.5 B model.
+PENDING_TOKENS = 8192
 
 
 class Layer(nn.Module):
@@ -77,9 +81,24 @@ class Decoder(nn.Module):
         mask = None
         if self.first_attention is not None:
             mask = attention_mask(caches[self.first_attention], h.shape[1])
-        for layer, layer_cache in zip(self.layers, caches, strict=True):
+        together = self.layers_together(h.shape[0] * h.shape[1], cache)
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True), 1):
             h = layer(h, mask, layer_cache, kernels)
+            if index % together == 0 and index < len(self.layers):
+                # With the windows, which keep what they are cut from; keys and values h has needed.
+                done = caches[index - together : index]
+                mx.eval(h, cache_state([entry for entry in done if isinstance(entry, ConvWindow)]))
         return h
+
+    def layers_together(self, tokens: int, cache: Sequence[Any] | None) -> int:
+        """After how many layers a prompt of `tokens` is evaluated, so that its memory is bounded.
+
+        A large command buffer keeps what its layers have computed: some 130 KB a token and layer
+        at the size of the 8.5 B model.
+        """
+        if cache is None or self.training or not metal.available():
+            return len(self.layers)
+        return max(1, PENDING_TOKENS // tokens)
 
 
 class Model(nn.Module):

@@ -9,6 +9,8 @@ from models import TOLERANCE, as_numpy, model_of
 from reference import Case, cases, relative_error
 
 from lfm_mlx import Model
+from lfm_mlx.kernels import metal
+from lfm_mlx.model import decoder
 
 CASES = {case.name: case for case in cases()}
 FLOAT32 = {name: case for name, case in CASES.items() if case.dtype == "float32"}
@@ -213,3 +215,27 @@ def test_input_embeddings_replace_tokens(odd: Model) -> None:
     tokens = mx.array(draw_tokens(12, 2, 9))
     embedded = odd(tokens, input_embeddings=odd.model.embed_tokens(tokens))
     np.testing.assert_array_equal(np.array(embedded), np.array(odd(tokens)))
+
+
+@pytest.mark.parametrize(("length", "times"), [(9, 3), (19, 6), (41, 6), (4, 1), (2, 0)])
+def test_a_prompt_is_evaluated_every_few_layers_on_a_gpu(
+    length: int, times: int, odd: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what it computes does not pile up in memory; the logits are the same."""
+    tokens = mx.array(np.random.default_rng(8).integers(0, 90, (1, length)))
+    odd.eval()
+    wanted = odd(tokens, odd.make_cache())
+    evaluated: list[int] = []
+    evaluate = mx.eval
+    monkeypatch.setattr(
+        mx, "eval", lambda *arrays: evaluated.append(len(arrays)) or evaluate(arrays)
+    )
+    monkeypatch.setattr(metal, "available", lambda: True)
+    monkeypatch.setattr(decoder, "PENDING_TOKENS", 20)
+    odd.kernels = metal.NO_KERNELS
+    found = odd(tokens, odd.make_cache())
+    assert len(evaluated) == times
+    odd(tokens)
+    assert len(evaluated) == times, "only where there is a cache"
+    monkeypatch.undo()
+    np.testing.assert_array_equal(as_numpy(found), as_numpy(wanted))
