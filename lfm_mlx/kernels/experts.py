@@ -149,7 +149,8 @@ def _experts_metal(
             *(("T", x.dtype), ("D", width), ("F", features), ("K", chosen)),
             *(("FEATURES", FEATURES), *gate.constants()),
         ],
-        grid=(metal.SIMD_WIDTH, -(-features // FEATURES), tokens * chosen),
+        # Pairs are the fastest dimension: tokens that share an expert read it about together.
+        grid=(metal.SIMD_WIDTH * tokens * chosen, -(-features // FEATURES), 1),
         threadgroup=(metal.SIMD_WIDTH, SIMDGROUPS, 1),
         output_shapes=[(*indices.shape, features)],
         output_dtypes=[x.dtype],
@@ -171,7 +172,7 @@ def _experts_metal(
             *(("T", x.dtype), ("D", width), ("F", features), ("K", chosen), ("ROWS", ROWS)),
             *(("HAS_RESIDUAL", residual is not None), *down.constants()),
         ],
-        grid=(metal.SIMD_WIDTH, chosen, tokens * -(-width // ROWS)),
+        grid=(metal.SIMD_WIDTH * tokens, chosen, -(-width // ROWS)),
         threadgroup=(metal.SIMD_WIDTH, chosen, 1),
         output_shapes=[x.shape],
         output_dtypes=[x.dtype],

@@ -4,7 +4,7 @@
 // the chosen experts: its lanes take VALUES neighbouring features at a time and add up in
 // registers. Lane 0 leaves the weighted products in threadgroup memory, and thread r adds output r.
 //
-// grid [32, K, tokens · ceil(D / ROWS)], threadgroup [32, K, 1]; VALUES divides F and GROUP, and
+// grid [32 · tokens, K, ceil(D / ROWS)], threadgroup [32, K, 1]; VALUES divides F and GROUP, and
 // GROUP divides F. Threadgroup memory is K · ROWS floats; ROWS up to 32.
 //
 // T: type of h, weights, residual and y · D, F, K: outputs, features, experts per token · ROWS
@@ -14,9 +14,8 @@ threadgroup float products[K * ROWS];
 
 const int lane = static_cast<int>(thread_index_in_simdgroup);
 const int rank = static_cast<int>(thread_position_in_threadgroup.y);
-const int blocks = (D + ROWS - 1) / ROWS;
-const int token = static_cast<int>(threadgroup_position_in_grid.z) / blocks;
-const int first = (static_cast<int>(threadgroup_position_in_grid.z) - token * blocks) * ROWS;
+const int token = static_cast<int>(threadgroup_position_in_grid.x);
+const int first = static_cast<int>(threadgroup_position_in_grid.z) * ROWS;
 const size_t pair = static_cast<size_t>(token) * K + rank;
 const size_t expert = static_cast<size_t>(indices[pair]);
 

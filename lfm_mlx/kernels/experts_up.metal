@@ -4,7 +4,7 @@
 // rows of weights; its lanes take VALUES neighbouring inputs at a time and add up in registers. x
 // is read once for gate and up together. Simdgroups share nothing.
 //
-// grid [32, ceil(F / FEATURES), pairs], threadgroup [32, any, 1]; VALUES divides D and GROUP, and
+// grid [32 · pairs, ceil(F / FEATURES), 1], threadgroup [32, any, 1]; VALUES divides D and GROUP, and
 // GROUP divides D.
 //
 // T: type of x and h · D, F, K: inputs, features, experts per token · FEATURES
@@ -12,7 +12,7 @@
 
 const int lane = static_cast<int>(thread_index_in_simdgroup);
 const int first = static_cast<int>(thread_position_in_grid.y) * FEATURES;
-const size_t pair = thread_position_in_grid.z;
+const size_t pair = threadgroup_position_in_grid.x;
 const size_t expert = static_cast<size_t>(indices[pair]);
 
 const device T* token = x + pair / K * D;

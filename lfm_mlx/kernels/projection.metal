@@ -6,7 +6,7 @@
 // squares are added up beside them, and the reciprocal root multiplies the finished sums.
 // Simdgroups share nothing.
 //
-// grid [32, ceil(N / outputs of a simdgroup), ceil(M / TILE)], threadgroup [32, any, 1]; VALUES
+// grid [32 · ceil(M / TILE), ceil(N / outputs of a simdgroup), 1], threadgroup [32, any, 1]; VALUES
 // divides K and GROUP, GROUP divides K, and ROWS is even with SwiGLU.
 //
 // T: type of x, norm_weight, residual and y · M, N, K: tokens, outputs, inputs · ROWS, TILE
@@ -15,7 +15,7 @@
 constexpr int OUTPUTS = SWIGLU ? ROWS / 2 : ROWS;
 const int lane = static_cast<int>(thread_index_in_simdgroup);
 const int first = static_cast<int>(thread_position_in_grid.y) * OUTPUTS;
-const int first_token = static_cast<int>(threadgroup_position_in_grid.z) * TILE;
+const int first_token = static_cast<int>(threadgroup_position_in_grid.x) * TILE;
 
 const device W* weight_row[ROWS];
 int group_row[ROWS];

@@ -129,7 +129,8 @@ def _projection_metal(
             # More tokens leave fewer registers for each.
             *matrix.constants(max_packs=2 if tile <= 2 else 1),
         ],
-        grid=(metal.SIMD_WIDTH, -(-rows // ROWS), tiles),
+        # Tiles are the fastest dimension, so that those of the same weights read them together.
+        grid=(metal.SIMD_WIDTH * tiles, -(-rows // ROWS), 1),
         threadgroup=(metal.SIMD_WIDTH, SIMDGROUPS, 1),
         output_shapes=[(*x.shape[:-1], outputs)],
         output_dtypes=[x.dtype],

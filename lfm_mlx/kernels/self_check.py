@@ -100,7 +100,7 @@ def check_norm_router(use_kernel: bool) -> tuple[mx.array, ...]:
     # The reference takes a token at a time, which is a product that every device takes in float32.
     rows = (x,) if use_kernel else (x[:1], x[1:])
     found = [norm_router(row, *layer, use_kernel=use_kernel) for row in rows]
-    return tuple(mx.concatenate(parts) for parts in zip(*found, strict=True))
+    return tuple(mx.concatenate(list(parts)) for parts in zip(*found, strict=True))
 
 
 def check_qk_norm_rope(use_kernel: bool) -> tuple[mx.array, ...]:
