@@ -17,6 +17,7 @@ from lfm_mlx.answer.question import MAX_TOKENS, Messages, Question, ask, prompt_
 from lfm_mlx.answer.stream import Statistics, measured, text_of
 from lfm_mlx.cache.cache import cached_tokens
 from lfm_mlx.cache.keys_values import KVQuantization, quantize_cache
+from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.cache.rewind import rewind_to
 from lfm_mlx.engine.batching import Row, decode_rows
 from lfm_mlx.engine.choice_scores import score_choices
@@ -45,7 +46,7 @@ class Responder:
     def __init__(
         self, model: Model, tokenizer: Any, sampling: Sampling = Sampling(), *,  # noqa: B008
         seed: int | None = None, date: str | None = None, control: Control = Control(),  # noqa: B008
-        max_tokens: int = MAX_TOKENS, cache: list[Any] | None = None,
+        max_tokens: int = MAX_TOKENS, cache: Cache | None = None,
         kv_quantization: KVQuantization | None = None, longest_draft: int | None = None,
     ):  # fmt: skip
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling

@@ -20,14 +20,15 @@ from mlx_lm.models.cache import BatchKVCache
 from lfm_mlx.cache.conv_window import KEPT_COLUMNS as KEPT_COLUMNS
 from lfm_mlx.cache.conv_window import ConvWindow
 from lfm_mlx.cache.keys_values import GrowingKVCache
+from lfm_mlx.cache.protocols import Cache, LayerCache
 from lfm_mlx.cache.token_log import TokenLog
 from lfm_mlx.config import Config
 from lfm_mlx.errors import InputError
 
 
-def make_cache(config: Config, left_padding: Sequence[int] | None = None) -> list[Any]:
+def make_cache(config: Config, left_padding: Sequence[int] | None = None) -> Cache:
     """An empty cache, one entry a layer; `left_padding` [B] makes it one for a padded batch."""
-    cache: list[Any] = []
+    cache: Cache = []
     log: TokenLog | None = TokenLog()
     for layer in range(config.num_hidden_layers):
         if config.is_attention(layer):
@@ -39,13 +40,13 @@ def make_cache(config: Config, left_padding: Sequence[int] | None = None) -> lis
     return cache
 
 
-def token_log(cache: Sequence[Any]) -> TokenLog | None:
+def token_log(cache: Sequence[LayerCache]) -> TokenLog | None:
     """The log that one of the cache's windows has."""
     logs = (entry.log for entry in cache if isinstance(entry, ConvWindow))
     return next((log for log in logs if log is not None), None)
 
 
-def log_tokens(cache: Sequence[Any], tokens: mx.array | None) -> None:
+def log_tokens(cache: Sequence[LayerCache], tokens: mx.array | None) -> None:
     """Write down the tokens [B, L] about to be read; None: something without ids."""
     log = token_log(cache)
     if log is None:
@@ -56,7 +57,7 @@ def log_tokens(cache: Sequence[Any], tokens: mx.array | None) -> None:
         log.append(tokens)
 
 
-def cached_tokens(cache: Sequence[Any]) -> int:
+def cached_tokens(cache: Sequence[LayerCache]) -> int:
     """How many columns (tokens, and the padding of a batch) the cache holds."""
     for entry in cache:
         if not isinstance(entry, ConvWindow):
@@ -65,7 +66,7 @@ def cached_tokens(cache: Sequence[Any]) -> int:
     return 0 if log is None else log.length
 
 
-def check_cache(config: Config, cache: Sequence[Any]) -> None:
+def check_cache(config: Config, cache: Sequence[LayerCache]) -> None:
     """Raise InputError unless the cache's layers are the model's, in number, kind and width."""
     if len(cache) != config.num_hidden_layers:
         raise InputError(
@@ -85,31 +86,32 @@ def check_cache(config: Config, cache: Sequence[Any]) -> None:
             )
 
 
-def stored_shape(entry: Any) -> tuple[int, ...] | None:
+def stored_shape(entry: LayerCache) -> tuple[int, ...] | None:
     """[W-1, D] of a window, [Hkv, Dh] of keys; None while there are none."""
     if isinstance(entry, ConvWindow):
         return None if entry.window is None else entry.window.shape[1:]
     keys = getattr(entry, "keys", None)
     if keys is None:
         return None
-    if hasattr(entry, "bits"):
+    bits = getattr(entry, "bits", None)
+    if bits is not None:
         _, heads, _, packed = keys[0].shape
-        return heads, packed * 32 // entry.bits
+        return heads, packed * 32 // bits
     return keys.shape[1], keys.shape[3]
 
 
-def cache_state(cache: Sequence[Any]) -> list[Any]:
+def cache_state(cache: Sequence[LayerCache]) -> list[Any]:
     """Everything a cache holds, for `mx.eval`."""
     return [layer.state for layer in cache]
 
 
-def stored_bytes(cache: Sequence[Any]) -> int:
+def stored_bytes(cache: Sequence[LayerCache]) -> int:
     """What keys and values take, with the room they grow into."""
     return sum(entry.nbytes for entry in cache if not isinstance(entry, ConvWindow))
 
 
 @contextlib.contextmanager
-def whole_step(cache: Sequence[Any]) -> Iterator[None]:
+def whole_step(cache: Sequence[LayerCache]) -> Iterator[None]:
     """Leave the cache as it was before the block when an error or Ctrl-C ends the block halfway.
 
     Some layers would else have read tokens that others have not.
@@ -132,7 +134,7 @@ def whole_step(cache: Sequence[Any]) -> Iterator[None]:
         raise
 
 
-def tokens_read(cache: Sequence[Any]) -> list[int]:
+def tokens_read(cache: Sequence[LayerCache]) -> list[int]:
     """The tokens that the cache holds, none where it does not know them."""
     log = token_log(cache)
     if log is None or not log.complete or log.tokens is None:

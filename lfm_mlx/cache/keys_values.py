@@ -6,10 +6,10 @@ is not copied again at every chunk, and refuse to be trimmed by less than nothin
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.config import Config
 from lfm_mlx.errors import InputError
 
@@ -92,7 +92,7 @@ def listed(choices: Sequence[int]) -> str:
     return " or ".join(map(str, choices))
 
 
-def quantize_cache(cache: list[Any], quantization: KVQuantization | None) -> None:
+def quantize_cache(cache: Cache, quantization: KVQuantization | None) -> None:
     """Replace the entries that have reached `quantization.start` by quantized ones, in place.
 
     Raises InputError where entries are quantized otherwise, or belong to a batch.

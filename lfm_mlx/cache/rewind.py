@@ -15,6 +15,7 @@ from mlx_lm.models.cache import BatchKVCache, can_trim_prompt_cache, trim_prompt
 
 from lfm_mlx.cache.cache import cached_tokens, token_log
 from lfm_mlx.cache.conv_window import ConvWindow
+from lfm_mlx.cache.protocols import Cache, LayerCache
 from lfm_mlx.errors import InputError
 
 
@@ -37,7 +38,7 @@ class StoredKeysValues:
         return "causal" if length > 1 else None
 
 
-def rewind(cache: list[Any], length: int) -> None:
+def rewind(cache: Cache, length: int) -> None:
     """Take the cache back to its first `length` tokens, as if no more had been read.
 
     Costs nothing here, and at the next token at most the tokens that the convolutions remember.
@@ -56,7 +57,7 @@ def rewind(cache: list[Any], length: int) -> None:
 
 
 def restore_windows(
-    cache: Sequence[Any], memory: int, run: Callable[[mx.array, list[Any]], Any]
+    cache: Sequence[LayerCache], memory: int, run: Callable[[mx.array, Cache], object]
 ) -> None:
     """Rebuild the windows that a rewind left stale.
 
@@ -77,7 +78,7 @@ def restore_windows(
             entry.window, entry.stale = view.window, False
 
 
-def replay_views(cache: Sequence[Any], count: int) -> list[Any]:
+def replay_views(cache: Sequence[LayerCache], count: int) -> list[Any]:
     """A cache for running the last `count` columns again: empty windows, stored keys and values."""
     padding = None
     for entry in cache:
@@ -91,7 +92,7 @@ def replay_views(cache: Sequence[Any], count: int) -> list[Any]:
     ]
 
 
-def common_length(cache: list[Any], prompt: Sequence[int]) -> int:
+def common_length(cache: Cache, prompt: Sequence[int]) -> int:
     """How many tokens at its beginning `prompt` shares with what the cache has read.
 
     Never all of them: one token is left to read. The cache is not changed: `rewind` it to there.
@@ -104,7 +105,7 @@ def common_length(cache: list[Any], prompt: Sequence[int]) -> int:
     return int(differ[0]) if differ.size else len(stored)
 
 
-def rewind_to(cache: list[Any], prompt: Sequence[int]) -> list[int]:
+def rewind_to(cache: Cache, prompt: Sequence[int]) -> list[int]:
     """Take the cache back to what `prompt` begins with; returns what of it is left to read."""
     known = common_length(cache, prompt)
     rewind(cache, known)

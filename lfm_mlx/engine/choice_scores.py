@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import mlx.core as mx
 
+from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.cache.rewind import rewind
 from lfm_mlx.engine.sample import normalized
 from lfm_mlx.model import Model
 
 
 def score_choices(
-    model: Model, cache: list[Any], before: Sequence[int], choices: Sequence[Sequence[int]],
+    model: Model, cache: Cache, before: Sequence[int], choices: Sequence[Sequence[int]],
     stop_ids: Collection[int],
 ) -> list[float]:  # fmt: skip
     """The probability of each choice among all of them; they sum to 1.
@@ -27,7 +27,7 @@ def score_choices(
 
 
 def loglikelihood(
-    model: Model, cache: list[Any], before: Sequence[int], answer: Sequence[int],
+    model: Model, cache: Cache, before: Sequence[int], answer: Sequence[int],
     stop_ids: Collection[int],
 ) -> float:  # fmt: skip
     """The log-probability that `answer` and the end of the turn follow `before`."""

@@ -7,12 +7,12 @@ values in place only if no running step still reads them; otherwise it copies th
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from lfm_mlx.cache.cache import cache_state, cached_tokens, check_cache, stored_bytes, whole_step
 from lfm_mlx.cache.keys_values import KVQuantization, quantize_cache
+from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.config import Config
 from lfm_mlx.engine.constraint import Constraint
 from lfm_mlx.engine.sample import Sampler
@@ -60,7 +60,7 @@ class Beginning:
     max_tokens: what was asked for, or what the model's maximum leaves
     """
 
-    cache: list[Any]
+    cache: Cache
     sampler: Sampler
     last: mx.array
     max_tokens: int
@@ -69,7 +69,7 @@ class Beginning:
 def begin(
     model: Model,
     prompt: Sequence[int],
-    cache: list[Any] | None,
+    cache: Cache | None,
     sampler: Sampler | None,
     max_tokens: int,
     reading: Reading,
@@ -94,7 +94,7 @@ def decode(
     model: Model,
     prompt: Sequence[int],
     *,
-    cache: list[Any] | None = None,
+    cache: Cache | None = None,
     sampler: Sampler | None = None,
     max_tokens: int = 1024,
     stop_ids: Collection[int] = (),
@@ -195,7 +195,7 @@ def room_for_answer(config: Config, prompt_tokens: int, max_tokens: int) -> int:
 def read(
     model: Model,
     tokens: mx.array,
-    cache: list[Any],
+    cache: Cache,
     kv_quantization: KVQuantization | None = None,
 ) -> mx.array:
     """Logits [1, L, V] for tokens [1, L]; if it is interrupted, no layer has read them."""
@@ -207,7 +207,7 @@ def read(
 def prefill(
     model: Model,
     tokens: mx.array,
-    cache: list[Any],
+    cache: Cache,
     reading: Reading = Reading(),
 ) -> None:
     """Read tokens [L] into the cache, a chunk at a time; progress counts one more to come.

@@ -26,6 +26,7 @@ from mlx.utils import tree_flatten
 from lfm_mlx.cache.cache import token_log
 from lfm_mlx.cache.conv_window import ConvWindow
 from lfm_mlx.cache.keys_values import GrowingKVCache, GrowingQuantizedKVCache
+from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.files import atomic_file, free_bytes
 from lfm_mlx.model import Model
@@ -59,7 +60,7 @@ def dtype_of(model: Model) -> str:
     return str(model.model.embedding_norm.weight.dtype).rpartition(".")[2]
 
 
-def save(path: str | Path, cache: list[Any], model: Model, tokenizer: str = "") -> None:
+def save(path: str | Path, cache: Cache, model: Model, tokenizer: str = "") -> None:
     """Write the cache of one conversation; `path` has the old file or the new one, never a part.
 
     tokenizer: the fingerprint of the one that made the tokens, compared at the next `load`
@@ -98,7 +99,7 @@ def layer_facts(entry: Any) -> dict[str, int]:
     raise InputError("only the cache of one conversation can be saved, not that of a batch")
 
 
-def contents(cache: list[Any]) -> Iterator[tuple[str, mx.array]]:
+def contents(cache: Cache) -> Iterator[tuple[str, mx.array]]:
     """Name and array of all that is to be kept, cut to what is in use."""
     log = token_log(cache)
     if log is None or not log.complete:
@@ -140,7 +141,7 @@ def write_safetensors(
     file.write(digest.hexdigest().encode())
 
 
-def load(path: str | Path, model: Model, tokenizer: str = "") -> list[Any]:
+def load(path: str | Path, model: Model, tokenizer: str = "") -> Cache:
     """The cache that `save` wrote, for this model and tokenizer in this dtype.
 
     Raises InputError for a file that is not there, not whole, or not this model's.
@@ -163,7 +164,7 @@ def load(path: str | Path, model: Model, tokenizer: str = "") -> list[Any]:
     return cache
 
 
-def load_or_new(path: str | Path, model: Model, tokenizer: str = "") -> list[Any]:
+def load_or_new(path: str | Path, model: Model, tokenizer: str = "") -> Cache:
     """What `path` has, or an empty cache where it is still to be made.
 
     Raises InputError as `load` does, and where no file could be made.

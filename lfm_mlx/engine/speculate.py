@@ -10,13 +10,13 @@ tokens a pass reads.
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from lfm_mlx.cache.cache import cached_tokens, stored_bytes, tokens_read
 from lfm_mlx.cache.keys_values import KVQuantization
+from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.cache.rewind import rewind
 from lfm_mlx.engine.decode import CLEAR_EVERY, LARGE_BYTES, Reading, Step, begin, number, read
 from lfm_mlx.engine.lookup import PromptLookup
@@ -28,7 +28,7 @@ def decode_with_lookup(
     model: Model,
     prompt: Sequence[int],
     *,
-    cache: list[Any] | None = None,
+    cache: Cache | None = None,
     lookup: PromptLookup | None = None,
     sampler: Sampler | None = None,
     max_tokens: int = 1024,
@@ -85,7 +85,7 @@ class Speculation:
     """One answer being decoded."""
 
     model: Model
-    cache: list[Any]
+    cache: Cache
     sampler: Sampler
     lookup: PromptLookup
     stop_ids: Collection[int]

@@ -1,10 +1,9 @@
 """Grouped-query attention: queries and keys are normed per head before they are rotated."""
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 
+from lfm_mlx.cache.protocols import KeysValues, Mask
 from lfm_mlx.config import Config
 from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, among
 from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
@@ -31,8 +30,8 @@ class Attention(nn.Module):
         self,
         x: mx.array,
         norm: nn.RMSNorm,
-        mask: Any,
-        cache: Any | None,
+        mask: Mask,
+        cache: KeysValues | None,
         kernels: Kernels = NO_KERNELS,
     ) -> mx.array:
         """x + the attention of norm(x). Shapes: x [B, L, D], returns [B, L, D]."""
@@ -61,13 +60,17 @@ class Attention(nn.Module):
         )
 
     def attend(
-        self, queries: mx.array, keys: Any, values: Any, mask: Any, cache: Any | None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: Mask,
+        cache: KeysValues | None,
     ) -> mx.array:
         """Store keys and values, and mix all that are stored; returns [B, L, H Dh]."""
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
+        stored = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
         batch, _, length, head_dim = queries.shape
-        attended = attend(queries, keys, values, cache, mask, head_dim**-0.5)
+        attended = attend(queries, *stored, cache, mask, head_dim**-0.5)
         return attended.swapaxes(1, 2).reshape(batch, length, -1)
 
     def after(self, attended: mx.array, x: mx.array, kernels: Kernels) -> mx.array:

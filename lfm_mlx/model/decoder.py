@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from lfm_mlx.cache.cache import cache_state, log_tokens, make_cache
 from lfm_mlx.cache.conv_window import ConvWindow
+from lfm_mlx.cache.protocols import Cache, LayerCache, Mask
 from lfm_mlx.cache.rewind import restore_windows
 from lfm_mlx.config import Config
 from lfm_mlx.kernels import metal
@@ -43,13 +44,13 @@ class Layer(nn.Module):
         )
 
     def __call__(
-        self, x: mx.array, mask: Any, cache: Any | None, kernels: Kernels = NO_KERNELS
+        self, x: mx.array, mask: Mask, cache: Any | None, kernels: Kernels = NO_KERNELS
     ) -> mx.array:
         """Shapes: x [B, L, D], returns [B, L, D]."""
         return self.feed_forward(self.operator(x, mask, cache, kernels), self.ffn_norm, kernels)
 
     def operator(
-        self, x: mx.array, mask: Any, cache: Any | None, kernels: Kernels = NO_KERNELS
+        self, x: mx.array, mask: Mask, cache: Any | None, kernels: Kernels = NO_KERNELS
     ) -> mx.array:
         """x and what attention or convolution add to it."""
         if "self_attn" in self:
@@ -69,18 +70,19 @@ class Decoder(nn.Module):
         self.first_attention = next((i for i, _ in types if config.is_attention(i)), None)
 
     def __call__(
-        self, h: mx.array, cache: Sequence[Any] | None, kernels: Kernels = NO_KERNELS
+        self, h: mx.array, cache: Sequence[LayerCache] | None, kernels: Kernels = NO_KERNELS
     ) -> mx.array:
         """What the head reads, normed. Shapes: h [B, L, D], returns [B, L, D]."""
         return self.embedding_norm(self.through_layers(h, cache, kernels))
 
     def through_layers(
-        self, h: mx.array, cache: Sequence[Any] | None, kernels: Kernels
+        self, h: mx.array, cache: Sequence[LayerCache] | None, kernels: Kernels
     ) -> mx.array:
         caches = cache if cache is not None else [None] * len(self.layers)
         mask = None
         if self.first_attention is not None:
-            mask = attention_mask(caches[self.first_attention], h.shape[1])
+            first: Any = caches[self.first_attention]
+            mask = attention_mask(first, h.shape[1])
         together = self.layers_together(h.shape[0] * h.shape[1], cache)
         for index, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True), 1):
             h = layer(h, mask, layer_cache, kernels)
@@ -123,7 +125,7 @@ class Model(nn.Module):
     def __call__(
         self,
         tokens: mx.array,
-        cache: Sequence[Any] | None = None,
+        cache: Sequence[LayerCache] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
         """Logits of the token after each; `cache`, where given, is read and moved on.
@@ -166,7 +168,7 @@ class Model(nn.Module):
             self.step = CompiledStep(self, kernels)
         return self.step
 
-    def _replay(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+    def _replay(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
         h = self.model.embed_tokens(tokens)
         return self.model.through_layers(h, cache, self.running_kernels())
 
@@ -174,7 +176,7 @@ class Model(nn.Module):
     def layers(self) -> list[Layer]:
         return self.model.layers
 
-    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[Any]:
+    def make_cache(self, left_padding: Sequence[int] | None = None) -> Cache:
         """An empty cache, for one sequence or for a batch padded by [B] columns on the left."""
         return make_cache(self.config, left_padding)
 

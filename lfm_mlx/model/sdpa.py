@@ -5,20 +5,17 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from lfm_mlx.cache.protocols import KeysValues, Mask, Stored
 from lfm_mlx.kernels import metal
 
 # The scores of one tile, in float32; its most queries, and its most keys. MLX has some ten tiles
 # under way at a time.
 SCORES_BYTES = 16 << 20
-
-
 TILE_QUERIES = 256
-
-
 TILE_KEYS = 2048
 
 
-def attention_mask(cache: Any | None, length: int) -> Any:
+def attention_mask(cache: KeysValues | None, length: int) -> Mask:
     """What `attend` needs to keep `length` new queries causal and off the padding."""
     if cache is not None:
         return cache.make_mask(length, return_array=False, window_size=None)
@@ -26,7 +23,12 @@ def attention_mask(cache: Any | None, length: int) -> Any:
 
 
 def attend(
-    queries: mx.array, keys: Any, values: Any, cache: Any | None, mask: Any, scale: float
+    queries: mx.array,
+    keys: Stored,
+    values: Stored,
+    cache: KeysValues | None,
+    mask: Mask,
+    scale: float,
 ) -> mx.array:
     """Softmax attention over the keys and values `cache` holds, quantized or not.
 
@@ -37,37 +39,38 @@ def attend(
         returns [B, H, L, Dh]
     """
     batch, heads, length, _ = queries.shape
-    packed = isinstance(keys, tuple | list)
-    stored = (keys[0] if packed else keys).shape[2]
+    packed = not isinstance(keys, mx.array)
+    stored = (keys if isinstance(keys, mx.array) else keys[0]).shape[2]
     fused = metal.available() and not packed  # MLX's kernel never writes the scores down
     copied = packed and not metal.available()  # whole, by the CPU's quantized product
     small = 4 * batch * heads * length * stored <= SCORES_BYTES or length == 1
     if fused or (small and not (copied and stored > TILE_KEYS)):
-        return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=mask)
+        # mlx-lm's function takes "causal" too.
+        seen: Any = mask
+        return scaled_dot_product_attention(queries, keys, values, cache, scale=scale, mask=seen)
     return attend_in_tiles(queries, Tiles(keys, cache), Tiles(values, cache), mask, scale)
 
 
 class Tiles:
     """Stored keys or values, quantized or not, read a stretch at a time in float32."""
 
-    def __init__(self, stored: Any, cache: Any):
-        self.stored = stored
-        self.packing = (cache.group_size, cache.bits) if isinstance(stored, tuple | list) else None
-        parts: Any = stored if self.packing else (stored,)
-        _, self.heads, self.length, _ = parts[0].shape
+    def __init__(self, stored: Stored, cache: Any):
+        self.parts = [stored] if isinstance(stored, mx.array) else list(stored)
+        packed = len(self.parts) > 1
+        self.quantization = (cache.group_size, cache.bits) if packed else None
+        _, self.heads, self.length, _ = self.parts[0].shape
 
     def read(self, begin: int, end: int) -> mx.array:
         """Tokens [begin, end), as [B, Hkv, 1, end - begin, Dh]."""
-        if self.packing is None:
-            part = self.stored[..., begin:end, :]
-        else:
-            weight, scales, biases = (part[..., begin:end, :] for part in self.stored)
-            part = mx.dequantize(weight, scales, biases, *self.packing)
+        part, *scales_and_biases = (part[..., begin:end, :] for part in self.parts)
+        if self.quantization is not None:
+            scales, biases = scales_and_biases
+            part = mx.dequantize(part, scales, biases, *self.quantization)
         return part.astype(mx.float32)[:, :, None]
 
 
 def attend_in_tiles(
-    queries: mx.array, keys: Tiles, values: Tiles, mask: Any, scale: float
+    queries: mx.array, keys: Tiles, values: Tiles, mask: Mask, scale: float
 ) -> mx.array:
     """`attend` with a running softmax over tiles of scores; each waits for the one before it.
 

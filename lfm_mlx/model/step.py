@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from lfm_mlx.cache.conv_window import ConvWindow
+from lfm_mlx.cache.protocols import KeysValues, LayerCache
 from lfm_mlx.kernels.metal import Kernels
 from lfm_mlx.model.sdpa import attention_mask
 
@@ -74,7 +75,7 @@ class CompiledStep:
         attentions = [i for i, layer in enumerate(model.layers) if "self_attn" in layer]
         self.attentions = [(index, model.layers[index].self_attn) for index in attentions]
         ends = pairwise([None, *attentions, None])
-        self.stretches = [CompiledSpan(model, begin, end, kernels) for begin, end in ends]
+        self.spans = [CompiledSpan(model, begin, end, kernels) for begin, end in ends]
 
     def suits(self, model: Any, kernels: Kernels) -> bool:
         """Whether the model is what it was: compiling took every weight as constant."""
@@ -89,26 +90,25 @@ class CompiledStep:
     def __deepcopy__(self, memo: Any) -> None:
         """A copied model compiles its own."""
 
-    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
         """Logits [B, 1, V] after tokens [B, 1]; every entry of `cache` moves on."""
-        mask = attention_mask(cache[self.attentions[0][0]], 1) if self.attentions else None
+        entries: list[Any] = [*cache]
+        mask = attention_mask(entries[self.attentions[0][0]], 1) if self.attentions else None
         x, attended = tokens, []
-        for number, stretch in enumerate(self.stretches):
+        for number, span in enumerate(self.spans):
             # Every attention's own: an offset that nothing reads would grow a graph of additions.
-            ahead = cache[self.attentions[number][0]] if number < len(self.attentions) else None
+            ahead = entries[self.attentions[number][0]] if number < len(self.attentions) else None
             offset = [] if ahead is None else [position(ahead)]
-            entries = [cache[layer] for layer in stretch.windows]
-            (x, *queries), moved = stretch.run(
-                x, attended, offset, [entry.window for entry in entries]
-            )
-            for entry, window in zip(entries, moved, strict=True):
+            convs = [entries[layer] for layer in span.windows]
+            (x, *queries), moved = span.run(x, attended, offset, [conv.window for conv in convs])
+            for entry, window in zip(convs, moved, strict=True):
                 entry.advance(window, 1)
             if ahead is not None:
                 attended = [self.attentions[number][1].attend(*queries, mask, ahead)]
         return x
 
 
-def position(entry: Any) -> mx.array:
+def position(entry: KeysValues) -> mx.array:
     """Where the next token stands, [1] or [B]."""
     return mx.array([entry.offset]) if isinstance(entry.offset, int) else entry.offset
 
@@ -127,7 +127,7 @@ def reachable(container: Any) -> Iterator[tuple[Any, Any, Any]]:
             yield from reachable(value)
 
 
-def is_step(tokens: mx.array, cache: Sequence[Any]) -> bool:
+def is_step(tokens: mx.array, cache: Sequence[LayerCache]) -> bool:
     """Whether `tokens` [B, L] are one more each, after windows that are there and not padded."""
     return tokens.shape[1] == 1 and all(
         entry.window is not None and entry.left_padding is None and entry.lengths is None
