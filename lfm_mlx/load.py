@@ -13,10 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_wrapped
 
 from lfm_mlx import device
+from lfm_mlx.chatml.tokenizer import Tokenizer
 from lfm_mlx.checkpoint import quantize, weights
 from lfm_mlx.checkpoint.folder import ITEMSIZE, Checkpoint, TensorInfo, is_pointer, listing
 from lfm_mlx.checkpoint.hub import resolve
@@ -35,7 +35,7 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 def load(
     path_or_repo: str | Path, *, dtype: str | mx.Dtype | None = None, check: bool = False,
     use_kernels: UseKernels = None, progress: weights.Progress = iter,
-) -> tuple[Model, TokenizerWrapper]:  # fmt: skip
+) -> tuple[Model, Tokenizer]:  # fmt: skip
     """The model and its tokenizer, from a folder, a hub name, or `demo`.
 
     dtype: of activations and floating weights; None keeps the checkpoint's on a GPU and is float32
@@ -138,7 +138,7 @@ def cast_bytes(info: TensorInfo, dtype: mx.Dtype | None) -> int:
     return info.nbytes // ITEMSIZE[info.dtype] * dtype.size
 
 
-def load_tokenizer(folder: str | Path) -> TokenizerWrapper:
+def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The folder's tokenizer in mlx-lm's wrapper, which streams text and knows every stop token.
 
     Raises InputError when there is none or it cannot be read.
@@ -149,7 +149,8 @@ def load_tokenizer(folder: str | Path) -> TokenizerWrapper:
     if is_pointer(checkpoint.folder / "tokenizer.json"):
         raise InputError(f"{folder}/tokenizer.json: is a git-lfs pointer; run `git lfs pull` there")
     try:
-        return load_wrapped(checkpoint.folder, eos_token_ids=list(stop_ids(checkpoint)))
+        wrapped: Any = load_wrapped(checkpoint.folder, eos_token_ids=list(stop_ids(checkpoint)))
+        return wrapped
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise InputError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from error
 

@@ -13,6 +13,7 @@ from typing import Any
 from lfm_mlx.chatml import TAGS
 from lfm_mlx.chatml.tags import CALL_END, CALL_START
 from lfm_mlx.chatml.token_text import byte_letters
+from lfm_mlx.chatml.tokenizer import Tokenizer
 from lfm_mlx.engine.constraint import Constraint, OneOf, Without
 from lfm_mlx.engine.grammar import Grammar, Vocabulary
 from lfm_mlx.engine.thinking import Thinking, ThinkTags
@@ -84,7 +85,7 @@ class Control:
         """Whether an answer that was cut short may not be what was asked for."""
         return self.must_call or bool(self.formats)
 
-    def constraint(self, tokenizer: Any, vocab_size: int) -> Thinking | None:
+    def constraint(self, tokenizer: Tokenizer, vocab_size: int) -> Thinking | None:
         """A Constraint for one answer; None where nothing is asked.
 
         Raises InputError for a schema or regex that cannot be followed.
@@ -105,12 +106,12 @@ class Control:
             budget=self.max_thinking_tokens, answer=answer,
         )  # fmt: skip
 
-    def choice_tokens(self, tokenizer: Any) -> list[list[int]]:
+    def choice_tokens(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Each choice as the tokenizer writes it."""
         return [tokenizer.encode(choice, add_special_tokens=False) for choice in self.choices]
 
     def _answer(
-        self, tokenizer: Any, added: Mapping[str, int], vocab_size: int
+        self, tokenizer: Tokenizer, added: Mapping[str, int], vocab_size: int
     ) -> Constraint | None:
         if self.choices:
             return OneOf(self.choice_tokens(tokenizer), tokenizer.eos_token_ids, vocab_size)
@@ -148,7 +149,7 @@ class Control:
         return block_rules(parameters, MOST_CALLS)
 
 
-def vocabulary_of(tokenizer: Any, vocab_size: int) -> Vocabulary:
+def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """The tokenizer's tokens as bytes, for a model of this size; added ones stand for no text."""
     letters = {letter: byte for byte, letter in byte_letters().items()}
     words = [b""] * vocab_size

@@ -11,6 +11,7 @@ from typing import Any
 
 from lfm_mlx import chatml
 from lfm_mlx.answer.control import Control
+from lfm_mlx.chatml.tokenizer import Tokenizer
 from lfm_mlx.config import Config
 from lfm_mlx.engine.decode import check_prompt, room_for_answer
 from lfm_mlx.engine.thinking import Thinking
@@ -36,7 +37,7 @@ class Question:
 
 
 def ask(
-    tokenizer: Any, config: Config, messages: Messages | Sequence[int], *,
+    tokenizer: Tokenizer, config: Config, messages: Messages | Sequence[int], *,
     control: Control = Control(), max_tokens: int = MAX_TOKENS, date: str | None = None,  # noqa: B008
 ) -> Question:  # fmt: skip
     """The question that `messages` put, or that the token ids of a prompt without a template do.
@@ -54,7 +55,10 @@ def ask(
 
 
 def prompt_tokens(
-    tokenizer: Any, messages: Messages | Sequence[int], control: Control, date: str | None = None
+    tokenizer: Tokenizer,
+    messages: Messages | Sequence[int],
+    control: Control,
+    date: str | None = None,
 ) -> list[int]:
     """Token ids of the messages in the chat template, the tools in it; ids stay as they are."""
     if messages and isinstance(messages[0], int):

@@ -19,6 +19,7 @@ from lfm_mlx.cache.cache import cached_tokens
 from lfm_mlx.cache.keys_values import KVQuantization, quantize_cache
 from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.cache.rewind import rewind_to
+from lfm_mlx.chatml.tokenizer import Tokenizer
 from lfm_mlx.engine.batching import Row, decode_rows
 from lfm_mlx.engine.choice_scores import score_choices
 from lfm_mlx.engine.decode import Reading, Step, decode
@@ -44,7 +45,7 @@ class Responder:
     """
 
     def __init__(
-        self, model: Model, tokenizer: Any, sampling: Sampling = Sampling(), *,  # noqa: B008
+        self, model: Model, tokenizer: Tokenizer, sampling: Sampling = Sampling(), *,  # noqa: B008
         seed: int | None = None, date: str | None = None, control: Control = Control(),  # noqa: B008
         max_tokens: int = MAX_TOKENS, cache: Cache | None = None,
         kv_quantization: KVQuantization | None = None, longest_draft: int | None = None,
@@ -148,8 +149,8 @@ class Answered:
 
 
 def answer_many(
-    model: Model, tokenizer: Any, questions: Iterable[tuple[Any, Question]], sampling: Sampling, *,
-    seed: int | None = None, size: int = 8,
+    model: Model, tokenizer: Tokenizer, questions: Iterable[tuple[Any, Question]],
+    sampling: Sampling, *, seed: int | None = None, size: int = 8,
 ) -> Iterator[Answered]:  # fmt: skip
     """Answers to many questions by continuous batching, in whatever order they end.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lfm_mlx import device
 from lfm_mlx.chatml import TextStream
+from lfm_mlx.chatml.tokenizer import Tokenizer
 from lfm_mlx.engine.decode import Step
 from lfm_mlx.engine.lookup import PromptLookup
 
@@ -71,7 +72,7 @@ def rate(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 and count > 0 else 0.0
 
 
-def text_of(tokenizer: Any, steps: Iterable[Step]) -> Iterator[str]:
+def text_of(tokenizer: Tokenizer, steps: Iterable[Step]) -> Iterator[str]:
     """The text of decoded steps, piece by piece; a token that ends the turn is not shown."""
     text = TextStream(tokenizer)
     for step in steps:

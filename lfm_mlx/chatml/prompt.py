@@ -13,6 +13,7 @@ from typing import Any
 
 from lfm_mlx.chatml.messages import Message, template_messages
 from lfm_mlx.chatml.template import render_template
+from lfm_mlx.chatml.tokenizer import Tokenizer
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.tool_calls.schema import parameters_of
 
@@ -22,7 +23,7 @@ _THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *,
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *,
     tools: Sequence[Mapping[str, Any]] | None = None, date: str | None = None, **options: Any,
 ) -> list[int]:  # fmt: skip
     """The token ids of a conversation, up to where the assistant speaks.
@@ -110,7 +111,7 @@ def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
     return value
 
 
-def _token_ids(tokenizer: Any, added: Mapping[str, int], text: str, mark: str) -> list[int]:
+def _token_ids(tokenizer: Tokenizer, added: Mapping[str, int], text: str, mark: str) -> list[int]:
     if mark not in text:
         # Quietly: whoever reads the ids says what is too long, in one line.
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
@@ -120,7 +121,7 @@ def _token_ids(tokenizer: Any, added: Mapping[str, int], text: str, mark: str) -
     return ids
 
 
-def _ordinary_ids(tokenizer: Any, text: str, mark: str) -> list[int]:
+def _ordinary_ids(tokenizer: Tokenizer, text: str, mark: str) -> list[int]:
     """The ids of text in which nothing is a special token, whatever it spells."""
     backend = tokenizer.backend_tokenizer
     text = text.replace(mark, "")

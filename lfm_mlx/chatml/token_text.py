@@ -3,9 +3,9 @@
 import codecs
 import hashlib
 import json
-from typing import Any
 
 from lfm_mlx.chatml.tags import ALL_TAGS, Tag, Words
+from lfm_mlx.chatml.tokenizer import Tokenizer
 
 
 class TextStream:
@@ -16,7 +16,7 @@ class TextStream:
     comes as plain str.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._added = {number: text for text, number in tokenizer.get_added_vocab().items()}
         self._bytes = {letter: byte for byte, letter in byte_letters().items()}
@@ -49,7 +49,7 @@ def byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printed} | shifted
 
 
-def vocabulary_fingerprint(tokenizer: Any) -> str:
+def vocabulary_fingerprint(tokenizer: Tokenizer) -> str:
     """The SHA-256 of which id each token has: what tells tokenizers apart."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
