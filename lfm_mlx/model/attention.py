@@ -1,4 +1,8 @@
-"""Grouped-query attention: queries and keys are normed per head before they are rotated."""
+"""Grouped-query attention; queries and keys are normed per head before the rotation.
+
+attention(x) = out_proj(softmax(q k^T / sqrt(Dh)) v),  q = rope(norm(q_proj(x))),
+k = rope(norm(k_proj(x))), v = v_proj(x)
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -67,12 +71,15 @@ class Attention(nn.Module):
         mask: Mask,
         cache: KeysValues | None,
     ) -> mx.array:
-        """Store keys and values, and mix all that are stored; returns [B, L, H Dh]."""
+        """Store keys and values, then attend to all that are stored.
+
+        Shapes: queries [B, H, L, Dh], keys and values [B, Hkv, L, Dh], returns [B, L, H Dh]
+        """
         stored = (keys, values) if cache is None else cache.update_and_fetch(keys, values)
         batch, _, length, head_dim = queries.shape
         attended = attend(queries, *stored, cache, mask, head_dim**-0.5)
         return attended.swapaxes(1, 2).reshape(batch, length, -1)
 
     def after(self, attended: mx.array, x: mx.array, kernels: Kernels) -> mx.array:
-        """x + the projection of what was attended to."""
+        """x + out_proj(attended). Shapes: attended [B, L, H Dh], x [B, L, D], returns [B, L, D]."""
         return project(attended, self.out_proj, residual=x, kernels=kernels)

@@ -27,7 +27,14 @@ PENDING_TOKENS = 8192
 
 
 class Layer(nn.Module):
-    """One block: an operator (attention or short convolution), then a feed-forward."""
+    """One block, its operator an attention or a short convolution:
+
+        h = x + operator(operator_norm(x))
+        y = h + feed_forward(ffn_norm(h))
+
+    Norm and residual are handed to the operator and the feed-forward, so that one launch can hold
+    a norm and the projection after it, or a projection and the sum after it.
+    """
 
     def __init__(self, config: Config, layer_index: int):
         super().__init__()
@@ -47,12 +54,13 @@ class Layer(nn.Module):
         self, x: mx.array, mask: Mask, cache: Any | None, kernels: Kernels = NO_KERNELS
     ) -> mx.array:
         """Shapes: x [B, L, D], returns [B, L, D]."""
-        return self.feed_forward(self.operator(x, mask, cache, kernels), self.ffn_norm, kernels)
+        h = self.operator(x, mask, cache, kernels)  # x + operator(operator_norm(x))
+        return self.feed_forward(h, self.ffn_norm, kernels)  # h + feed_forward(ffn_norm(h))
 
     def operator(
         self, x: mx.array, mask: Mask, cache: Any | None, kernels: Kernels = NO_KERNELS
     ) -> mx.array:
-        """x and what attention or convolution add to it."""
+        """x + operator(operator_norm(x))."""
         if "self_attn" in self:
             return self.self_attn(x, self.operator_norm, mask, cache, kernels)
         return self.conv(x, self.operator_norm, cache, kernels)
@@ -69,15 +77,10 @@ class Decoder(nn.Module):
         types = enumerate(config.layer_types)
         self.first_attention = next((i for i, _ in types if config.is_attention(i)), None)
 
-    def __call__(
-        self, h: mx.array, cache: Sequence[LayerCache] | None, kernels: Kernels = NO_KERNELS
-    ) -> mx.array:
-        """What the head reads, normed. Shapes: h [B, L, D], returns [B, L, D]."""
-        return self.embedding_norm(self.through_layers(h, cache, kernels))
-
     def through_layers(
         self, h: mx.array, cache: Sequence[LayerCache] | None, kernels: Kernels
     ) -> mx.array:
+        """The last layer's output, not normed. Shapes: h [B, L, D], returns [B, L, D]."""
         caches = cache if cache is not None else [None] * len(self.layers)
         mask = None
         if self.first_attention is not None:
@@ -108,7 +111,7 @@ class Model(nn.Module):
 
     use_kernels: which operations run their Metal kernels where Metal is there; see `metal.chosen`.
         Kernels have no gradients: in training mode none runs
-    compile_step: whether one more token runs through compiled functions; None: on a GPU
+    compile_step: whether one more token runs through compiled functions; None: only on a GPU
     """
 
     def __init__(self, config: Config, use_kernels: UseKernels = None):
@@ -117,7 +120,7 @@ class Model(nn.Module):
         self.model_type = config.model_type
         self.kernels = metal.chosen(use_kernels)
         self.compile_step: bool | None = None
-        self.step: CompiledStep | None = None
+        self.compiled: CompiledStep | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -128,10 +131,10 @@ class Model(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """Logits of the token after each; `cache`, where given, is read and moved on.
+        """Logits for the token after each one; a cache is read, and advanced by L tokens.
 
         Shapes:
-            tokens: [B, L] integers · input_embeddings: [B, L, D], taken instead when given
+            tokens: [B, L] integers · input_embeddings: [B, L, D], if given used in their place
             returns [B, L, V]
         """
         if cache is not None:
@@ -145,7 +148,7 @@ class Model(nn.Module):
         return self.head(self.model.through_layers(h, cache, kernels), kernels)
 
     def head(self, h: mx.array, kernels: Kernels) -> mx.array:
-        """Logits [B, L, V] of the last layer's output [B, L, D]."""
+        """Logits [B, L, V] from the last layer's output [B, L, D]."""
         norm, embedding = self.model.embedding_norm, self.model.embed_tokens
         if "lm_head" in self:
             return project(h, self.lm_head, norm, kernels=kernels)
@@ -155,18 +158,18 @@ class Model(nn.Module):
         return project_matrix(h, matrix, norm, kernels=kernels)
 
     def running_kernels(self) -> Kernels:
-        """The operations whose kernels may run now."""
+        """The operations whose kernels may run: none in training, or without Metal."""
         return NO_KERNELS if self.training or not metal.available() else working(self.kernels)
 
     def compiles(self) -> bool:
-        """Whether a decode step is compiled; on a CPU that takes longer than it saves."""
+        """Whether a decode step is compiled; on a CPU compiling costs more than it saves."""
         return metal.available() if self.compile_step is None else self.compile_step
 
     def compiled_step(self, kernels: Kernels) -> CompiledStep:
-        """The decode step for the weights that there are now."""
-        if self.step is None or not self.step.suits(self, kernels):
-            self.step = CompiledStep(self, kernels)
-        return self.step
+        """The decode step for the current weights; compiled again if any of them is replaced."""
+        if self.compiled is None or not self.compiled.suits(self, kernels):
+            self.compiled = CompiledStep(self, kernels)
+        return self.compiled
 
     def _replay(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
         h = self.model.embed_tokens(tokens)
@@ -181,18 +184,18 @@ class Model(nn.Module):
         return make_cache(self.config, left_padding)
 
     def load_weights(self, *args: Any, **kwargs: Any) -> "Model":
-        """nn.Module's; afterwards projections that share their input are one matrix."""
+        """Load as nn.Module does, then merge projections that share their input."""
         super().load_weights(*args, **kwargs)
         self.merge_projections()
         return self
 
     def set_dtype(self, *args: Any, **kwargs: Any) -> None:
-        """nn.Module's; afterwards projections that share their input are one matrix."""
+        """Cast as nn.Module does, then merge projections that share their input."""
         super().set_dtype(*args, **kwargs)
         self.merge_projections()
 
     def merge_projections(self) -> None:
-        """Lay the weights of projections that share their input side by side, as views of one."""
+        """Store the weights of projections that share their input as views of one matrix."""
         for module in self.modules():
             if isinstance(module, (Attention, FeedForward)):
                 module.merged.merge(module)

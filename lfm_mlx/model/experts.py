@@ -1,7 +1,8 @@
-"""The sparse feed-forward: a router, and only the experts it chose are computed.
+"""The sparse feed-forward: a router chooses K experts per token, and only those are computed.
 
-The stacked projections are mlx-lm's switch layers, so that LoRA, fusing and dequantizing find what
-they know; ours adds what MLX's CPU backend lacks, a gathered product of half-precision weights.
+The stacked projections are mlx-lm's switch layers, so that LoRA, fusing and dequantizing
+recognize them; ours adds a gathered product of half-precision weights, which MLX's CPU backend
+lacks.
 """
 
 import mlx.core as mx

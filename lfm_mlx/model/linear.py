@@ -1,4 +1,4 @@
-"""Linear modules as the kernels take them: matrices, several merged into one, norm and residual."""
+"""Linear modules as the kernels take them: as matrices, several merged, with norm and residual."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 
 
 def matrix_of(module: Any) -> Matrix | None:
-    """The weights of a plain linear module or an embedding; None where it does more than multiply.
+    """Weights of a linear module or an embedding.
 
-    It does with a bias, with an adapter around it, or with a scale for all of a matrix.
+    None if the module has a bias, an adapter or a global scale: then it does more than multiply.
     """
     if "bias" in module or module.get("global_scale") is not None:
         return None
     if isinstance(module, PACKED):
-        packing = (module.group_size, module.bits, module.mode)
-        return Matrix(module["weight"], module["scales"], module.get("biases"), *packing)
+        stored_as = (module.group_size, module.bits, module.mode)
+        return Matrix(module["weight"], module["scales"], module.get("biases"), *stored_as)
     return Matrix(module["weight"]) if isinstance(module, DENSE) else None
 
 
@@ -34,7 +34,7 @@ def project(
     residual: mx.array | None = None,
     kernels: Kernels = NO_KERNELS,
 ) -> mx.array:
-    """linear(norm(x)) + residual, in one launch where `linear` is plain and the kernel may run.
+    """linear(norm(x)) + residual, in one launch if `linear` is plain and the kernel may run.
 
     Shapes: x [..., in], residual [..., out], returns [..., out]
     """
@@ -54,7 +54,10 @@ def project_matrix(
     swiglu: bool = False,
     kernels: Kernels = NO_KERNELS,
 ) -> mx.array:
-    """`kernels.projection` with a module for its norm."""
+    """Multiply by a matrix with `kernels.projection`, the norm given as a module.
+
+    Shapes: x [..., in], residual [..., out], returns [..., out]
+    """
     return projection(
         x,
         matrix,
@@ -69,9 +72,9 @@ def project_matrix(
 class Merged:
     """Projections of the same input as one matrix, of which their own weights are views.
 
-    So one launch computes them all, and everything that looks for the modules by their names finds
-    them: saving, quantizing, adapters. Once a module or its weight is another, the merged matrix
-    steps aside.
+    One launch computes them all, and whatever looks for the modules by name still finds them:
+    saving, quantizing, adapters. Once a module or its weight is replaced, the merged matrix is
+    dropped.
     """
 
     def __init__(self, *names: str):
@@ -80,7 +83,7 @@ class Merged:
         self.views: list[tuple[mx.array | None, ...]] = []
 
     def merge(self, parent: nn.Module) -> None:
-        """Put the weights of `parent`'s modules into one matrix, if they are of one kind."""
+        """Concatenate the weights of `parent`'s modules, if dtype and quantization are the same."""
         matrices = [matrix_of(parent[name]) for name in self.names]
         plain = [matrix for matrix in matrices if matrix is not None]
         kinds = {(m[3:], m.weight.dtype, m.biases is None) for m in plain}
@@ -100,11 +103,11 @@ class Merged:
                 if part is not None:
                     module[key] = part[begin:end]
             self.views.append(stored(module))
-        # Else the arrays that were concatenated stay in memory as long as the views are not read.
+        # Unevaluated views would keep the arrays that were concatenated in memory.
         mx.eval([part for part in parts if part is not None], self.views)
 
     def matrix(self, parent: nn.Module) -> Matrix | None:
-        """The merged matrix; None where a module has not the weights any more that it was given."""
+        """The merged matrix; None if a module has other weights than it was given."""
         for name, views in zip(self.names, self.views, strict=False):
             if any(a is not b for a, b in zip(stored(parent[name]), views, strict=True)):
                 self.whole, self.views = None, []

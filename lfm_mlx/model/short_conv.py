@@ -1,4 +1,7 @@
-"""The gated short convolution layer: project to B, C and x, convolve, project back."""
+"""The gated short convolution: y = out_proj(C * conv(B * x)), with B, C, x = split(in_proj(x)).
+
+Depthwise and causal, without any activation.
+"""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +40,10 @@ class ShortConv(nn.Module):
     def step(
         self, x: mx.array, norm: nn.RMSNorm, window: mx.array, kernels: Kernels
     ) -> tuple[mx.array, mx.array]:
-        """One more token [B, 1, D] after `window`, as a function: what follows x, next window."""
+        """The layer for one token a row, as a pure function of x and window.
+
+        Shapes: x [B, 1, D], window [B, W-1, D], returns x + conv(norm(x)) and the next window
+        """
         bcx = project(x, self.in_proj, norm, kernels=kernels)
         y, window = self.convolve(bcx, window, kernels=kernels)
         return self.after(y, x, kernels), window
@@ -50,12 +56,16 @@ class ShortConv(nn.Module):
         stop: mx.array | None = None,
         kernels: Kernels = NO_KERNELS,
     ) -> tuple[mx.array, mx.array]:
+        """C * conv(B * x) and the window after it; arguments as in `kernels.short_conv`.
+
+        Shapes: bcx [B, L, 3D], window [B, W-1, D], returns [B, L, D] and [B, W-1, D]
+        """
         taps = self.conv.weight.squeeze(-1)  # [D, W, 1] -> [D, W]
         use = among(kernels, "short_conv")
         return short_conv(bcx, taps, self.conv.get("bias"), window, start, stop, use_kernel=use)
 
     def after(self, y: mx.array, x: mx.array, kernels: Kernels) -> mx.array:
-        """x + the projection of what was convolved."""
+        """x + out_proj(y). Shapes: y and x [B, L, D], returns [B, L, D]."""
         return project(y, self.out_proj, residual=x, kernels=kernels)
 
 

@@ -1,8 +1,9 @@
-"""One more token a row, through functions that are compiled once.
+"""A decode step, one token a row, through functions that are compiled once.
 
-A decode step has constant shapes but in attention, whose keys and values grow. So all that lies
-between two attentions is one function, from what was attended to the next queries, keys and
-values: Python builds no graph for it, and elementwise operations beside one another are one launch.
+All shapes of a decode step are constant except in attention, whose keys and values grow. So
+everything between two attentions is one compiled function, from one attention's output to the next
+one's queries, keys and values: Python builds no graph for it, and neighbouring elementwise
+operations become one launch.
 """
 
 import weakref
@@ -22,16 +23,17 @@ Arrays = list[mx.array]
 
 
 class CompiledSpan:
-    """The rest of an attention layer, the convolution layers after it, the next one's beginning.
+    """The layers from one attention's output to the next attention's input, as one function.
 
-    attention, following: the attention layers at both ends; None for the embedding and the head
+    attention, following: indices of the attention layers at both ends; None at the embedding and
+        at the head
     """
 
-    def __init__(self, model: Any, attention: Any, following: Any, kernels: Kernels):
+    def __init__(self, model: Any, attention: int | None, following: int | None, kernels: Kernels):
         layers = model.layers
         begin = 0 if attention is None else attention + 1
         end = len(layers) if following is None else following
-        # The model has its step: without a weak reference neither would be freed at once.
+        # Weak, because the model holds its step: a cycle would keep the weights in memory.
         self.model, self.kernels = weakref.proxy(model), kernels
         self.windows = range(begin, end)
         self.attention = None if attention is None else layers[attention]
@@ -42,10 +44,11 @@ class CompiledSpan:
     def traced(
         self, x: mx.array, attended: Arrays, offset: Arrays, windows: Arrays
     ) -> tuple[Arrays, Arrays]:
-        """Logits, or the next attention's residual, queries, keys and values; and next windows.
+        """The next attention's residual, queries, keys and values, or at the end the logits; and
+        the convolutions' next windows.
 
         x: tokens [B, 1], or the residual [B, 1, D] that `attended` [B, 1, H Dh] is added to
-        offset: where the new token stands, [1] or [B]; none where there is no attention
+        offset: the new token's position, [1] or [B]; empty if no attention follows
         """
         if self.attention is None:
             h = self.model.model.embed_tokens(x)
@@ -64,12 +67,13 @@ class CompiledSpan:
 
 
 class CompiledStep:
-    """A model's decode step, for the weights, kernels and stream it was made with."""
+    """A model's decode step, valid for the weights, kernels and stream it was compiled with."""
 
     def __init__(self, model: Any, kernels: Kernels):
         self.kernels = kernels
         self.stream = mx.default_stream(mx.default_device())
-        mx.eval(model.parameters())  # else what makes a weight would be run at every step
+        # A weight that is still lazy would be computed anew in every step.
+        mx.eval(model.parameters())
         self.roots = roots(model)
         self.containers, self.keys, self.values = zip(*reachable(self.roots), strict=True)
         attentions = [i for i, layer in enumerate(model.layers) if "self_attn" in layer]
@@ -78,7 +82,7 @@ class CompiledStep:
         self.spans = [CompiledSpan(model, begin, end, kernels) for begin, end in ends]
 
     def suits(self, model: Any, kernels: Kernels) -> bool:
-        """Whether the model is what it was: compiling took every weight as constant."""
+        """Whether no weight or module was replaced: compiled functions hold them as constants."""
         if self.kernels != kernels or self.stream != mx.default_stream(mx.default_device()):
             return False
         try:
@@ -88,15 +92,15 @@ class CompiledStep:
             return False
 
     def __deepcopy__(self, memo: Any) -> None:
-        """A copied model compiles its own."""
+        """Not copied: a copied model compiles its own."""
 
     def __call__(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
-        """Logits [B, 1, V] after tokens [B, 1]; every entry of `cache` moves on."""
+        """Logits [B, 1, V] after tokens [B, 1]; every entry of `cache` advances by one token."""
         entries: list[Any] = [*cache]
         mask = attention_mask(entries[self.attentions[0][0]], 1) if self.attentions else None
         x, attended = tokens, []
         for number, span in enumerate(self.spans):
-            # Every attention's own: an offset that nothing reads would grow a graph of additions.
+            # Each attention's own offset: an unread lazy one would grow a graph of additions.
             ahead = entries[self.attentions[number][0]] if number < len(self.attentions) else None
             offset = [] if ahead is None else [position(ahead)]
             convs = [entries[layer] for layer in span.windows]
@@ -109,17 +113,17 @@ class CompiledStep:
 
 
 def position(entry: KeysValues) -> mx.array:
-    """Where the next token stands, [1] or [B]."""
+    """The next token's position, [1] or [B]."""
     return mx.array([entry.offset]) if isinstance(entry.offset, int) else entry.offset
 
 
 def roots(model: Any) -> list[Any]:
-    """The modules that a model consists of."""
+    """The top modules of a model."""
     return [model.model, model.get("lm_head")]
 
 
 def reachable(container: Any) -> Iterator[tuple[Any, Any, Any]]:
-    """Every array and module inside: what holds it, under which key, and itself."""
+    """Every array and module inside, as (container, key, value)."""
     items = container.items() if isinstance(container, dict) else enumerate(container)
     for key, value in items:
         yield container, key, value
@@ -128,7 +132,7 @@ def reachable(container: Any) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def is_step(tokens: mx.array, cache: Sequence[LayerCache]) -> bool:
-    """Whether `tokens` [B, L] are one more each, after windows that are there and not padded."""
+    """Whether `tokens` [B, L] are one a row, and every window is present and unpadded."""
     return tokens.shape[1] == 1 and all(
         entry.window is not None and entry.left_padding is None and entry.lengths is None
         for entry in cache

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from lfm_mlx.model.compiled import CompiledStep
 from make_random_checkpoint import random_tensors
 from metal_host import available, installed, refusal
 from mlx.utils import tree_flatten
@@ -21,7 +22,6 @@ from models import model_of
 
 from lfm_mlx import Model
 from lfm_mlx.cache.rewind import rewind
-from lfm_mlx.model.step import CompiledStep
 
 # Widths that quantized weights and heads allow; the layers' order is LFM2.5's in small.
 EVEN = ODD | {
@@ -137,9 +137,9 @@ def test_it_knows_when_weights_are_others(change: Callable[[Model], Any]) -> Non
 def test_it_is_compiled_once() -> None:
     model = build()
     decoded(model, True)
-    first = model.step
+    first = model.compiled
     decoded(model, True)
-    assert model.step is first
+    assert model.compiled is first
 
 
 def test_it_runs_on_the_stream_there_is() -> None:
