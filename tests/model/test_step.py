@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from lfm_mlx.model.compiled import CompiledStep
+from lfm_mlx.model.step import CompiledStep
 from make_random_checkpoint import random_tensors
 from metal_host import available, installed, refusal
 from mlx.utils import tree_flatten
