@@ -9,7 +9,7 @@ whatever it spells. Coming out, token ids become text (`TextStream`), and text b
 """
 
 from lfm_mlx.chatml.prompt import render
-from lfm_mlx.chatml.segments import Segment, as_message, segments
+from lfm_mlx.chatml.segments import Segment, Segmenter, as_message, segments
 from lfm_mlx.chatml.tags import TAGS, TEXT, THINKING, TOOL_CALL
 from lfm_mlx.chatml.token_text import TextStream, vocabulary_fingerprint
 from lfm_mlx.tool_calls.parse import Call, CallError, parse
@@ -22,6 +22,7 @@ __all__ = [
     "Call",
     "CallError",
     "Segment",
+    "Segmenter",
     "TextStream",
     "as_message",
     "parse",

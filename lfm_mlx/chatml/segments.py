@@ -17,7 +17,7 @@ from lfm_mlx.chatml.tags import (
     THINKING,
     TOOL_CALL,
     Tag,
-    tags_apart,
+    TagFinder,
 )
 from lfm_mlx.tool_calls.parse import Call, CallError, as_messages, parse
 
@@ -51,21 +51,33 @@ def segments(pieces: Iterable[str], tools: Tools | None = None) -> Iterator[Segm
     A block that is never closed keeps its kind to the end; a tool call must at least have closed
     its list.
     """
-    answer = _Answer(tools)
-    for part in tags_apart(pieces):
-        yield from answer.add(part)
-    yield from answer.finish()
+    segmenter = Segmenter(tools)
+    for piece in pieces:
+        yield from segmenter.add(piece)
+    yield from segmenter.finish()
 
 
-class _Answer:
-    """Where in an answer we are: in which kind of block, and what of a tool call has arrived."""
+class Segmenter:
+    """Splits an answer that is handed over piece by piece; arguments as in `segments`."""
 
-    def __init__(self, tools: Tools | None):
+    def __init__(self, tools: Tools | None = None):
         self._tools = tools
+        self._finder = TagFinder()
         self._kind, self._begins = TEXT, True
         self._call: list[str] = []
 
-    def add(self, part: str) -> Iterator[Segment]:
+    def add(self, piece: str) -> Iterator[Segment]:
+        """The segments that this piece completes."""
+        for part in self._finder.add(piece):
+            yield from self._add(part)
+
+    def finish(self) -> Iterator[Segment]:
+        """What is left when the answer is over."""
+        for part in self._finder.finish():
+            yield from self._add(part)
+        yield from self._finish()
+
+    def _add(self, part: str) -> Iterator[Segment]:
         if self._kind == TOOL_CALL:
             yield from self._add_to_call(part)
         elif isinstance(part, Tag) and self._kind == TEXT and part in TAGS:
@@ -76,12 +88,12 @@ class _Answer:
             yield Segment(self._kind, str(part), self._begins)
             self._begins = False
 
-    def finish(self) -> Iterator[Segment]:
+    def _finish(self) -> Iterator[Segment]:
         if self._kind != TOOL_CALL:
             return
         if self._ends():
             yield from self._give_up("the string in it has no end")
-            yield from self.finish()
+            yield from self._finish()
             return
         text, self._call = "".join(self._call), []
         self._enter(TEXT)
@@ -109,7 +121,7 @@ class _Answer:
         waited = self._ends()
         if waited and isinstance(part, Tag) and part == CALL_START:
             yield from self._give_up("the string in it has no end")
-            yield from self.add(part)
+            yield from self._add(part)
             return
         self._call.append(part)
         if not (isinstance(part, Tag) and part == CALL_END):
@@ -132,7 +144,7 @@ class _Answer:
         self._enter(TEXT)
         yield Segment(TEXT, CALL_START + "".join(block), True, reason=reason)
         for part in rest:
-            yield from self.add(part)
+            yield from self._add(part)
 
 
 def as_message(found: Iterable[Segment]) -> dict[str, Any]:

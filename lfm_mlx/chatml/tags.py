@@ -26,45 +26,52 @@ class Words(str):
     """Text that is certainly no tag."""
 
 
-def tags_apart(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text, each tag that counts a Tag of its own."""
-    return _without_quoted(_found(pieces))
+class TagFinder:
+    """Finds the tags in text that arrives in pieces, cut anywhere."""
 
+    def __init__(self) -> None:
+        self._held = ""  # plain text that could be the beginning of a tag
+        self._before = ""  # the last two characters that came out
+        self._waiting = ""  # a tag behind a quote: the next piece says whether it is quoted
 
-def _found(pieces: Iterable[str]) -> Iterator[str]:
-    """Tags apart from text; plain text is held back while it could be the beginning of a tag."""
-    held = ""
-    for piece in pieces:
+    def add(self, piece: str) -> Iterator[str]:
+        """The parts that this piece completes, each tag that counts a Tag of its own."""
+        for part in self._found(piece):
+            yield from self._unless_quoted(part)
+
+    def finish(self) -> Iterator[str]:
+        """What was held back."""
+        if self._held:
+            yield from self._unless_quoted(self._held)
+        if self._waiting:
+            yield Tag(self._waiting)
+        self._held = self._waiting = ""
+
+    def _found(self, piece: str) -> Iterator[str]:
+        held, self._held = self._held, ""
         if isinstance(piece, Tag | Words):
             yield from filter(None, (held, piece))
-            held = ""
-            continue
+            return
         *whole, rest = _ANY_TAG.split(held + piece)
         for part in filter(None, whole):
             yield Tag(part) if part in ALL_TAGS else part
         ready = len(rest) - longest_beginning(rest, ALL_TAGS)
         if ready:
             yield rest[:ready]
-        held = rest[ready:]
-    if held:
-        yield held
+        self._held = rest[ready:]
 
-
-def _without_quoted(parts: Iterable[str]) -> Iterator[str]:
-    """The same parts; a tag between two quotes of one kind is text."""
-    before, waiting = "", ""
-    for part in parts:
-        if waiting:
-            quoted = part[0] == before[-1] and not isinstance(part, Tag)
+    def _unless_quoted(self, part: str) -> Iterator[str]:
+        """The part; a tag between two quotes of one kind is text."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, ""
+            quoted = part[0] == self._before[-1] and not isinstance(part, Tag)
             yield Words(waiting) if quoted else Tag(waiting)
-            before, waiting = waiting, ""
-        if isinstance(part, Tag) and _OPENING_QUOTE.search(before):
-            waiting = part
-            continue
+            self._before = waiting
+        if isinstance(part, Tag) and _OPENING_QUOTE.search(self._before):
+            self._waiting = part
+            return
         yield part
-        before = (before + part)[-2:]
-    if waiting:
-        yield Tag(waiting)
+        self._before = (self._before + part)[-2:]
 
 
 def longest_beginning(text: str, tags: Iterable[str]) -> int:

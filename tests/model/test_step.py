@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from lfm_mlx.model.step import CompiledStep
 from make_random_checkpoint import random_tensors
 from metal_host import available, installed, refusal
 from mlx.utils import tree_flatten
@@ -22,6 +21,7 @@ from models import model_of
 
 from lfm_mlx import Model
 from lfm_mlx.cache.rewind import rewind
+from lfm_mlx.model.step import CompiledStep
 
 # Widths that quantized weights and heads allow; the layers' order is LFM2.5's in small.
 EVEN = ODD | {
