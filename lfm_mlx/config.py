@@ -1,15 +1,15 @@
 """The frozen Config: the keys of config.json as they stand there, everything else by property.
 
 Reads every config of the `lfm2_moe` and the dense `lfm2` family, refuses by name what the port
-lacks, and lists in `unknown_keys` the keys it does not know. Nothing has a default that a
-checkpoint could disagree with: what shapes the model must be in the file.
+lacks, and lists in `unknown_keys` the keys without effect. A key has a default only if
+transformers and mlx-lm agree on it; what else shapes the model must be in the file.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lfm_mlx.errors import InputError
 from lfm_mlx.files import read_json
@@ -20,11 +20,10 @@ ATTENTION = "full_attention"
 # Keys that say nothing about the function the model computes.
 INERT_KEYS = frozenset(
     {
-        "_name_or_path", "architectures", "attention_dropout", "auto_map", "block_mlp_init_scale",
+        "_name_or_path", "attention_dropout", "auto_map", "block_mlp_init_scale",
         "block_norm_eps", "block_out_init_scale", "block_use_xavier_init", "bos_token_id",
         "conversion", "conv_use_xavier_init", "dtype", "initializer_range", "license",
-        "output_router_logits", "pad_token_id", "quantization_config", "torch_dtype",
-        "transformers_version", "use_cache",
+        "output_router_logits", "pad_token_id", "torch_dtype", "transformers_version", "use_cache",
     }
 )  # fmt: skip
 # Keys whose value must be this one: the port computes nothing else.
@@ -33,15 +32,35 @@ FIXED_KEYS = {
     "use_pos_enc": True,
     "hidden_act": "silu",
     "attention_bias": False,
-    "rope_scaling": None,
+    "is_causal": True,
     "sliding_window": None,
 }
-# Second spellings, first the one that Config's field has.
+# Widths that neither transformers nor mlx-lm takes from here: they are left behind when a model is
+# cut, and the tensors' shapes tell the truth.
+UNREAD_WIDTHS = ("conv_dim", "conv_dim_out", "block_dim")
+# The architectures whose weights answer as this model does, by model type.
+ARCHITECTURES = {"lfm2_moe": "Lfm2MoeForCausalLM", "lfm2": "Lfm2ForCausalLM"}
+# Other spellings of a key, in the order in which transformers and mlx-lm take them.
 SPELLINGS = {
     "tie_word_embeddings": ("tie_word_embeddings", "tie_embedding"),
     "intermediate_size": ("block_ff_dim", "intermediate_size"),
     "num_attention_heads": ("num_attention_heads", "num_heads"),
+    "num_experts": ("num_experts", "num_local_experts"),
 }
+# Where a value under the second spelling differs, programs disagree on which one counts.
+MUST_AGREE = ("tie_word_embeddings", "num_experts")
+# The rotary base of a config that names none: transformers' and mlx-lm's.
+ROPE_THETA = 1e6
+# Where quantization stands; other methods write the second one.
+QUANTIZATION_KEYS = ("quantization", "quantization_config")
+
+
+class ProjectionNames(NamedTuple):
+    """What a family's checkpoints call the three projections of a dense feed-forward."""
+
+    gate: str
+    up: str
+    down: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +106,7 @@ class Config:
         """
         reader = _Reader(values)
         model_type = reader.choice("model_type", ("lfm2_moe", "lfm2"))
+        reader.check_architecture(model_type)
         layer_types = reader.layer_types()
         fields: dict[str, Any] = {
             "model_type": model_type,
@@ -132,6 +152,12 @@ class Config:
         """How many tokens back the stack of convolutions can see: (W - 1) x conv layers."""
         return (self.conv_L_cache - 1) * self.num_conv_layers
 
+    @property
+    def dense_projections(self) -> ProjectionNames:
+        if self.model_type == "lfm2":
+            return ProjectionNames("w1", "w3", "w2")
+        return ProjectionNames("gate_proj", "up_proj", "down_proj")
+
     def is_attention(self, layer_index: int) -> bool:
         return self.layer_types[layer_index] == ATTENTION
 
@@ -151,19 +177,51 @@ class _Reader:
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
         self.seen = set(INERT_KEYS)
+        self.overruled: set[str] = set()
 
     def get(self, key: str, default: Any = None, *, required: bool = True) -> Any:
-        for spelling in SPELLINGS.get(key, (key,)):
-            self.seen.add(spelling)
-        for spelling in SPELLINGS.get(key, (key,)):
-            if self.values.get(spelling) is not None:
-                return self.values[spelling]
+        spellings = SPELLINGS.get(key, (key,))
+        self.seen.update(spellings)
+        given = [spelling for spelling in spellings if self.values.get(spelling) is not None]
+        for other in given[1:]:
+            self.compare(given[0], other, self.values[given[0]], self.values[other],
+                         must_agree=key in MUST_AGREE)  # fmt: skip
+        if given:
+            return self.values[given[0]]
         if required and default is None:
             raise InputError(
                 f"config.json: key {key!r} is missing; a config of the LFM2 family has it: "
                 "take config.json from the model's own repository"
             )
         return default
+
+    def compare(
+        self, key: str, other: str, value: Any, other_value: Any, *, must_agree: bool = False
+    ) -> None:
+        """Note that `key` overrules `other` if they differ; raise InputError if they must agree."""
+        if value == other_value:
+            return
+        if must_agree:
+            raise InputError(
+                f"config.json: {key} is {value!r} and {other} is {other_value!r}; they name the "
+                "same thing: remove the wrong one"
+            )
+        self.overruled.add(other)
+
+    def check_architecture(self, model_type: str) -> None:
+        """Raise InputError unless `architectures` is absent or names a causal language model.
+
+        Encoders, classifiers and drafters share the model type and the names of the tensors.
+        """
+        listed = self.get("architectures", required=False)
+        names = listed if isinstance(listed, (list, tuple)) else [listed] if listed else []
+        accepted = ARCHITECTURES[model_type]
+        if names and accepted.lower() not in [str(name).lower() for name in names]:
+            named = ", ".join(str(name) for name in names)
+            raise InputError(
+                f"config.json: architectures names {named}; supported with model_type {model_type}:"
+                f" {accepted}, a causal language model"
+            )
 
     def refuse(self, key: str, value: Any, expected: str) -> InputError:
         return InputError(f"config.json: {key} is {value!r}; supported: {expected}")
@@ -232,14 +290,25 @@ class _Reader:
         for key in sorted(set(nested) - {"rope_theta"}):
             if key not in plain or nested[key] != plain[key]:
                 raise self.refuse(f"rope_parameters.{key}", nested[key], "rope_theta alone")
-        top = [self.get(key, required=False) for key in ("rope_theta", "theta")]
-        theta = next((t for t in (nested.get("rope_theta"), *top) if t is not None), None)
-        if theta is None:
-            raise InputError(
-                "config.json: key 'rope_theta' is missing, at the top or in rope_parameters; "
-                "take config.json from the model's own repository"
-            )
+        self.check_rope_scaling()
+        found = {key: self.get(key, required=False) for key in ("rope_theta", "theta")}
+        found = {"rope_parameters.rope_theta": nested.get("rope_theta")} | found
+        (key, theta), *others = [item for item in found.items() if item[1] is not None] or [
+            ("rope_theta", ROPE_THETA)
+        ]
+        for other, value in others:
+            self.compare(key, other, theta, value)
         return self.as_positive("rope_theta", theta, float)
+
+    def check_rope_scaling(self) -> None:
+        """Raise InputError if `rope_scaling` asks for more than the plain rotary embedding."""
+        scaling = self.get("rope_scaling", required=False)
+        kinds = {"rope_type": "default", "type": "default"}
+        plain = isinstance(scaling, Mapping) and all(
+            key == "rope_theta" or kinds.get(key) == value for key, value in scaling.items()
+        )
+        if scaling is not None and not plain:
+            raise self.refuse("rope_scaling", scaling, "null or rope_type default")
 
     def experts(self, num_layers: int) -> dict[str, Any]:
         keys = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
@@ -255,7 +324,8 @@ class _Reader:
             )
         fields["norm_topk_prob"] = self.flag("norm_topk_prob")
         fields["use_expert_bias"] = self.flag("use_expert_bias")
-        fields["routed_scaling_factor"] = self.positive("routed_scaling_factor", float)
+        scale = self.get("routed_scaling_factor", 1.0, required=False)
+        fields["routed_scaling_factor"] = self.as_positive("routed_scaling_factor", scale, float)
         return fields
 
     def adjusted_width(self, width: int) -> int:
@@ -275,23 +345,27 @@ class _Reader:
         return multiple * -(-int(multiplier * width) // multiple)
 
     def quantization(self) -> Mapping[str, Any] | None:
-        key = "quantization" if self.get("quantization", required=False) else "quantization_config"
-        found = self.values.get(key)
+        """MLX's settings; they count before those of another method, as in mlx-lm."""
+        mlx, other = (self.get(key, required=False) for key in QUANTIZATION_KEYS)
+        key, found = (QUANTIZATION_KEYS[0], mlx) if mlx else (QUANTIZATION_KEYS[1], other)
         if not found:
             return None
-        if not isinstance(found, Mapping) or not {"bits", "group_size"} <= set(found):
-            method = found.get("quant_method", found) if isinstance(found, Mapping) else found
-            raise self.refuse(
-                key, method, "MLX's bits and group_size; convert the original checkpoint instead"
+        if mlx and other:
+            self.compare(*QUANTIZATION_KEYS, mlx, other)
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
+        if method is not None and method != "mlx":
+            raise InputError(
+                f"config.json: {key} is {method!r}, which MLX does not read; take the unquantized "
+                "checkpoint and convert it, or one that was quantized for MLX"
             )
-        return found
+        if not isinstance(found, Mapping) or not {"bits", "group_size"} <= set(found):
+            raise self.refuse(key, found, "MLX's bits and group_size")
+        return {name: value for name, value in found.items() if name != "quant_method"}
 
     def check_widths(self, fields: Mapping[str, Any]) -> None:
-        for key, same in (("conv_dim", "hidden_size"), ("conv_dim_out", "hidden_size"),
-                          ("block_dim", "hidden_size")):  # fmt: skip
-            value = self.get(key, fields[same], required=False)
-            if value != fields[same]:
-                raise self.refuse(key, value, f"{same} = {fields[same]}")
+        for key in UNREAD_WIDTHS:
+            self.compare("hidden_size", key, fields["hidden_size"],
+                         self.get(key, fields["hidden_size"], required=False))  # fmt: skip
         for key, expected in FIXED_KEYS.items():
             value = self.get(key, expected, required=False)
             if value != expected:
@@ -306,4 +380,4 @@ class _Reader:
             raise self.refuse("head_dim", head_dim, "hidden_size / num_attention_heads")
 
     def unknown_keys(self) -> tuple[str, ...]:
-        return tuple(sorted(set(self.values) - self.seen))
+        return tuple(sorted((set(self.values) - self.seen) | self.overruled))

@@ -80,12 +80,11 @@ def convert(
         quiet = None if show_progress else True  # None: only where stderr is a terminal
         bar = partial(tqdm, desc="convert", unit="tensor", disable=quiet)
         for name, array in job.stored(checkpoint.arrays(), bar):
-            writer.add(weights.published_name(config, name), array)
+            writer.add(name, array)
         total = sum(array.size for array in expected.values())
         writer.finish(total)
         copy_kept(folder, partial_folder)
-        published = {weights.published_name(config, path): p for path, p in packings.items()}
-        done = converted_config(checkpoint.config, source_name(source), recipe, published, dtype)
+        done = converted_config(checkpoint.config, source_name(source), recipe, packings, dtype)
         write_json(partial_folder / "config.json", done)
     bits_per_weight = 8 * writer.nbytes / total
     return Report(bits_per_weight, writer.nbytes, time.perf_counter() - began, tuple(floating))
@@ -180,7 +179,7 @@ def converted_config(
     config: dict[str, Any], source: str, recipe: Recipe | None,
     packings: Mapping[str, Quantization], dtype: str | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The source's config.json, with what was done to it. packings: by published path."""
+    """The source's config.json, with what was done to it. packings: by path."""
     done = {"tool": f"lfm_mlx {version('lfm_mlx')}", "source": source}
     result = {key: value for key, value in config.items() if key != "_name_or_path"}
     if dtype is not None:

@@ -60,18 +60,14 @@ def load_model(
     set_limits()
     checkpoint, config = open_checkpoint(folder)
     model = Model(config, use_kernels)
-    tensors = checkpoint.tensors
-    published = partial(weights.published_name, config)
-    if config.quantization is not None:
-        stored = {parameter.name for parameter in weights.assignments(config, tensors)}
-        packed = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
-        quantize.pack_modules(model, config.quantization, packed.__contains__, published)
+    tensors, arrays = checkpoint_tensors(checkpoint, config)
+    pack_as_stored(model, config, tensors)
     expected = dict(tree_flatten(model.parameters()))
     parameters = weights.plan(config, tensors, expected)
     target = as_dtype(dtype)
     kept = stored_as_is(config, tensors, target)
     filled: list[tuple[str, mx.array]] = []
-    for parameter, parts in weights.build_each(parameters, checkpoint.arrays(), progress):
+    for parameter, parts in weights.build_each(parameters, arrays, progress):
         keep = kept and ".switch_mlp." in parameter.name
         array = weights.cast(parameter.name, parameter.join(parts), None if keep else target)
         del parts
@@ -91,6 +87,28 @@ def open_checkpoint(folder: str | Path) -> tuple[Checkpoint, Config]:
     if config.unknown_keys:
         log.warning("config.json: keys without effect here: %s", listing([*config.unknown_keys]))
     return checkpoint, config
+
+
+def checkpoint_tensors(
+    checkpoint: Checkpoint, config: Config
+) -> tuple[dict[str, TensorInfo], dict[str, mx.array]]:
+    """The tensors that make the model, and their lazy arrays."""
+    arrays = checkpoint.arrays()
+    return weights.without_tied_head(config, checkpoint.tensors, arrays), arrays
+
+
+def pack_as_stored(
+    model: Model, config: Config, tensors: dict[str, TensorInfo]
+) -> dict[str, quantize.Quantization]:
+    """Replace the model's modules that are stored packed by quantized ones; returns how, by path"""
+    infos = {p.name: tensors[p.sources[0]] for p in weights.assignments(config, tensors)}
+    stored = {
+        path: quantize.Stored(infos[f"{path}.weight"], scales)
+        for name, scales in infos.items()
+        if (path := name.removesuffix(".scales")) != name and f"{path}.weight" in infos
+    }
+    own_name = partial(weights.own_name, config)
+    return quantize.pack_modules(model, config.quantization, stored, own_name)
 
 
 def check_values(arrays: dict[str, mx.array]) -> None:

@@ -128,8 +128,7 @@ def planned(
         packing = packings.get(name.removesuffix(".weight"))
         parts = [array] if packing is None else packing.pack(array).values()
         nbytes += sum(part.nbytes for part in parts)
-    published = {weights.published_name(config, path): p for path, p in packings.items()}
-    result = converted_config(config_json, source_name(source), recipe, published, dtype)
+    result = converted_config(config_json, source_name(source), recipe, packings, dtype)
     return result, nbytes, sum(array.size for array in parameters.values())
 
 

@@ -149,9 +149,9 @@ DAMAGES = {
     "index without map": Damage(lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
     "index cut off": Damage(lambda f: truncate(f / INDEX), "not valid JSON"),
     "index maps to numbers": Damage(lambda f: map_to(f, 1), "has no weight_map"),
-    "index maps to an absent file": Damage(
-        lambda f: map_to(f, "model.safetensors"),
-        "names files that are not there: model.safetensors",
+    "index beside other weights": Damage(
+        lambda f: shutil.copyfile(shard(f, 1), f / "model.safetensors"),
+        "two sets of weights, model.safetensors and the files of model.safetensors.index.json",
     ),
     "index lists a tensor no shard has": Damage(
         list_one_more, "lists tensors no shard has: model.layers.9.ghost"

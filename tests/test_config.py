@@ -1,7 +1,7 @@
 """Config: every key of the published config.json files is read, and what the port lacks refused."""
 
 import json
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +321,7 @@ REQUIRED = [
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
     "num_hidden_layers", "num_experts", "num_experts_per_tok", "norm_topk_prob", "layer_types",
     "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "use_expert_bias",
-    "num_dense_layers", "norm_eps", "conv_bias", "conv_L_cache", "routed_scaling_factor",
+    "num_dense_layers", "norm_eps", "conv_bias", "conv_L_cache",
 ]  # fmt: skip
 
 
@@ -331,8 +331,13 @@ def test_missing_key(key: str) -> None:
     assert f"{key!r} is missing" in message
 
 
-def test_missing_rope_theta() -> None:
-    assert "'rope_theta' is missing" in refusal(LFM25_8B, rope_parameters=...)
+def test_keys_that_transformers_and_mlx_lm_give_one_default() -> None:
+    left_out = ("routed_scaling_factor", "rope_parameters", "tie_word_embeddings")
+    few = {key: value for key, value in LFM25_8B.items() if key not in left_out}
+    config, stock = Config.from_dict(few), lfm2_moe.ModelArgs.from_dict(few)
+    assert config.routed_scaling_factor == stock.routed_scaling_factor == 1.0
+    assert config.rope_theta == stock.rope_theta == 1e6
+    assert config.tie_word_embeddings
 
 
 @pytest.mark.parametrize(
@@ -378,8 +383,7 @@ def test_missing_rope_theta() -> None:
         ("use_pos_enc", False),
         ("block_use_swiglu", False),
         ("sliding_window", 4096),
-        ("conv_dim", 1024),
-        ("block_dim", 1024),
+        ("is_causal", False),
         ("full_attn_idxs", [2, 24]),
         ("full_attn_idxs", 2),
         ("full_attn_idxs", ["2"]),
@@ -423,10 +427,98 @@ def test_two_lists_of_layers_that_disagree() -> None:
     assert "full_attn_idxs = [2, 6]" in message
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitnet", "compressed-tensors"])
-def test_another_quantization_method(method: str) -> None:
-    message = refusal(LFM25_8B, quantization_config={"quant_method": method, "version": "gemm"})
-    assert f"quantization_config is {method!r}" in message
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    ],
+    ids=lambda settings: settings["quant_method"],
+)
+@pytest.mark.parametrize("config", [LFM25_8B, LFM25_1B], ids=["sparse", "dense"])
+def test_another_quantization_is_refused_by_its_name(config: dict, settings: dict) -> None:
+    message = refusal(config, quantization_config=settings)
+    assert (
+        f"quantization_config is {settings['quant_method']!r}, which MLX does not read" in message
+    )
+    assert "take the unquantized checkpoint" in message
+
+
+def test_mlx_settings_count_before_those_of_another_method() -> None:
+    mlx, other = {"bits": 4, "group_size": 64}, {"quant_method": "awq", "bits": 4}
+    config = Config.from_dict(LFM25_8B | {"quantization": mlx, "quantization_config": other})
+    assert config.quantization == mlx
+    assert config.unknown_keys == ("quantization_config",)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (LFM25_1B, ["Lfm2BidirectionalModel"]),
+        (LFM25_1B, ["Lfm2Model"]),
+        (LFM25_1B, ["Lfm2ForSequenceClassification"]),
+        (LFM25_1B, ["Lfm2MoeForCausalLM"]),
+        (LFM25_1B, "Lfm2ForMaskedLM"),
+        (LFM25_8B, ["DSparkDraftModel"]),
+        (LFM25_8B, ["Lfm2ForCausalLM"]),
+        (LFM25_8B, ["Lfm2MoeForTokenClassification", "Lfm2MoeModel"]),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused_by_its_name(config: dict, names: Any) -> None:
+    message = refusal(config, architectures=names)
+    assert all(name in message for name in ([names] if isinstance(names, str) else names))
+    assert "supported with model_type" in message
+
+
+@pytest.mark.parametrize("names", [..., None, [], ["LFM2ForCausalLM"], ["X", "Lfm2ForCausalLM"]])
+def test_architectures_that_say_nothing_else(names: Any) -> None:
+    changed = LFM25_1B | {"architectures": names}
+    config = Config.from_dict({key: value for key, value in changed.items() if value is not ...})
+    assert config.unknown_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"tie_word_embeddings": True}, {"tie_embedding": False}),
+        ({"num_experts": 32}, {"num_local_experts": 16}),
+    ],
+)
+def test_two_spellings_that_programs_read_differently_must_agree(first: dict, second: dict) -> None:
+    (key, value), (other, another) = *first.items(), *second.items()
+    message = refusal(LFM25_8B, **first, **second)
+    assert f"{key} is {value!r} and {other} is {another!r}" in message
+    assert "remove the wrong one" in message
+    agreeing = Config.from_dict(LFM25_8B | first | {other: value})
+    assert agreeing == Config.from_dict(LFM25_8B)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("conv_dim", 1024),
+        ("conv_dim_out", 1),
+        ("block_dim", 1024),
+        ("num_heads", 7),
+        ("intermediate_size", 3),
+        ("rope_theta", 3.0),
+        ("theta", 3.0),
+    ],
+)
+def test_what_nobody_reads_is_said_and_changes_nothing(key: str, value: Any) -> None:
+    plain, changed = Config.from_dict(LFM25_1B), Config.from_dict(LFM25_1B | {key: value})
+    assert changed.unknown_keys == (key,)
+    assert replace(changed, unknown_keys=()) == plain
+
+
+@pytest.mark.parametrize(
+    "scaling", [None, {"rope_type": "default"}, {"type": "default", "rope_theta": 1e6}, {}]
+)
+def test_rope_scaling_that_scales_nothing(scaling: Any) -> None:
+    assert Config.from_dict(LFM25_1B | {"rope_scaling": scaling}) == Config.from_dict(LFM25_1B)
 
 
 @pytest.mark.parametrize("key", ["block_multiple_of", "block_ffn_dim_multiplier"])

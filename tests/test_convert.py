@@ -147,7 +147,7 @@ def test_rules_are_written_per_layer(tmp_path: Path, sources: dict[str, Path]) -
     for family, down in (("sparse", "switch_mlp.down_proj"), ("dense", "w2")):
         rules = (
             (r"model\.embed_tokens", six),
-            (r".*\.down_proj", mx4),
+            (r".*\.(down_proj|w2)", mx4),
             (r".*\.q_proj", None),
         )
         out = tmp_path / family

@@ -34,7 +34,7 @@ from reference import TRANSFORMERS5_FOLDERS, relative_error, transformers5_answe
 import lfm_mlx
 from lfm_mlx import device
 from lfm_mlx import load as load_function
-from lfm_mlx.checkpoint.folder import Checkpoint
+from lfm_mlx.checkpoint.folder import INDEX_FILE, Checkpoint
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.cli.command import BAD_INPUT
 from lfm_mlx.config import Config
@@ -95,6 +95,9 @@ def stock_conversion(
     utils.save_model(out, model)
     utils.save_config(config, out / "config.json")
     return out
+
+
+EMBED = "model.embed_tokens"
 
 
 def six_bit_embedding_float_gate(path: str, _: object) -> bool | dict[str, Any]:
@@ -299,24 +302,74 @@ def test_quantized_folder_with_parts_missing(tmp_path: Path, missing: str) -> No
     [
         ({"bits": 4, "group_size": 64, "mode": "nf4"}, "mode is 'nf4'; supported: affine"),
         ({"bits": 7, "group_size": 64}, "bits is 7"),
-        ({"bits": 8, "group_size": 64}, "shape (131, 16), expected (131, 32)"),
-        ({"bits": 4, "group_size": 32}, "embed_tokens.biases: shape (131, 2), expected (131, 4)"),
+        ({EMBED: {"bits": 8, "group_size": 64}}, "shape (131, 16), expected (131, 32)"),
+        (
+            {EMBED: {"bits": 4, "group_size": 32}},
+            "embed_tokens.biases: shape (131, 2), expected (131, 4)",
+        ),
         ({"bits": 4}, "quantization is {'bits': 4}; supported: MLX's bits and group_size"),
-        (None, "weight: dtype U32, expected"),
     ],
 )
 def test_quantization_settings_that_do_not_fit(
-    tmp_path: Path, settings: dict[str, Any] | None, said: str
+    tmp_path: Path, settings: dict[str, Any], said: str
 ) -> None:
-    config = SPARSE | {"hidden_size": 128}
-    folder = stock_conversion(write_folder(tmp_path / "hub", config), tmp_path / "mlx")
-    change_config(folder, quantization=settings, quantization_config=None)
+    folder = stock_conversion(write_folder(tmp_path / "hub"), tmp_path / "mlx")
+    whole = {"bits": 4, "group_size": 64} if EMBED in settings else {}
+    change_config(folder, quantization=whole | settings, quantization_config=None)
     with pytest.raises(InputError) as caught:
         load_model(folder)
-    if settings is not None:
-        assert said in one_line(caught)
-    else:
-        assert "model.embed_tokens.weight: shape (131, 16), expected (131, 128)" in one_line(caught)
+    assert said in one_line(caught)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("predicate", [None, six_bit_embedding_float_gate, mixed])
+@pytest.mark.parametrize(
+    "named", [{"bits": 4, "group_size": 64}, {"bits": 2, "group_size": 32}, None]
+)
+def test_what_config_json_does_not_name_is_read_from_the_shapes(
+    tmp_path: Path, family: str, predicate: Callable[..., Any] | None, named: dict | None
+) -> None:
+    source = write_folder(tmp_path / "hub", FAMILIES[family])
+    folder = stock_conversion(source, tmp_path / "mlx", predicate=predicate)
+    expected = our_logits(folder)
+    change_config(folder, quantization=named, quantization_config=named)
+    np.testing.assert_array_equal(our_logits(folder), expected)
+    if named is not None:  # without any entry mlx-lm does not look for scales
+        assert relative_error(our_logits(folder), stock_logits(folder)) < EXACT
+
+
+@pytest.mark.parametrize("which", ["none", "equal", "other values", "other shape", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_checkpoint_that_stores_its_head(tmp_path: Path, family: str, which: str) -> None:
+    folder = write_folder(tmp_path / "model", FAMILIES[family])
+    change_tensors(folder, lambda _: None)
+    expected = our_logits(folder)
+
+    def add_head(tensors: dict[str, np.ndarray]) -> None:
+        head = tensors["model.embed_tokens.weight"].copy()
+        if which == "packed":
+            tensors["lm_head.scales"] = head[:, :2].copy()
+        if which == "other values":
+            head[-1, -1] += 0.5
+        tensors["lm_head.weight"] = head[:-1].copy() if which == "other shape" else head
+
+    if which != "none":
+        change_tensors(folder, add_head)
+    if which in ("none", "equal"):
+        np.testing.assert_array_equal(our_logits(folder), expected)
+        return
+    with pytest.raises(InputError, match="differs from the embedding, and config"):
+        load_model(folder)
+
+
+def test_index_of_another_folder_beside_one_complete_file(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model")
+    expected = our_logits(folder)
+    index = (folder / INDEX_FILE).read_text()
+    change_tensors(folder, lambda _: None)
+    (folder / INDEX_FILE).write_text(index)
+    (folder / "adapters.safetensors").write_bytes(b"of another program")
+    np.testing.assert_array_equal(our_logits(folder), expected)
 
 
 def test_unknown_keys_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

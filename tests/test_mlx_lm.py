@@ -225,8 +225,8 @@ def test_a_dense_folder_that_stock_mlx_lm_quantized_layer_by_layer_loads(tmp_pat
     expected, found = np.array(model(tokens)), np.array(ours(tokens))
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
     packed = ours.layers[0].feed_forward
-    assert (packed.gate_proj.bits, packed.up_proj.bits) == (8, 4)
-    assert isinstance(packed.down_proj, nn.Linear)
+    assert (packed.w1.bits, packed.w3.bits) == (8, 4)
+    assert isinstance(packed.w2, nn.Linear)
 
 
 def test_convert_leaves_the_expert_bias_in_float32(tmp_path: Path) -> None:

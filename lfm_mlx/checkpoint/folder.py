@@ -17,6 +17,8 @@ from lfm_mlx.files import read_json
 
 LFS_POINTER = b"version https://git-lfs"
 INDEX_FILE = "model.safetensors.index.json"
+# Where NVIDIA's ModelOpt says how it quantized; mlx-lm reads it too.
+MODELOPT_FILE = "hf_quant_config.json"
 
 # safetensors' dtype names and what one element takes.
 ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "U16": 2, "I16": 2,
@@ -43,7 +45,7 @@ class Checkpoint:
     """The files of one checkpoint folder. Opening it reads no tensor data."""
 
     def __init__(self, folder: str | Path):
-        """Raises InputError when the folder is not there or has no config.json."""
+        """Raises InputError if the folder is not there or has no config.json."""
         self.folder = Path(folder)
         if not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "no such folder"
@@ -51,6 +53,9 @@ class Checkpoint:
         if not (self.folder / "config.json").exists():
             raise InputError(f"{folder}: no config.json; {_instead(self.folder)}")
         self.config: dict[str, Any] = read_json(self.folder / "config.json")
+        quantized = "quantization" in self.config or "quantization_config" in self.config
+        if not quantized and (self.folder / MODELOPT_FILE).exists():
+            self.config["quantization_config"] = {"quant_method": f"ModelOpt ({MODELOPT_FILE})"}
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -61,7 +66,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor's name → dtype, shape and file, read from the shards' headers.
 
-        Raises InputError when a shard is absent or truncated, the index and the shards disagree,
+        Raises InputError if a shard is absent or truncated, the index and the shards disagree,
         or a tensor is stored twice.
         """
         found: dict[str, TensorInfo] = {}
@@ -105,22 +110,41 @@ class Checkpoint:
         return weight_map
 
     def _shards(self) -> list[Path]:
-        if not self._weight_map:
-            # Names with a leading dot are what macOS leaves beside files on foreign disks.
-            files = [
-                file for file in sorted(self.folder.glob("*.safetensors")) if file.name[0] != "."
-            ]
-            if not files:
-                raise InputError(f"{self.folder}: no .safetensors file; {_instead(self.folder)}")
-            return files
-        files = [self.folder / name for name in sorted(set(self._weight_map.values()))]
-        absent = [file.name for file in files if not file.exists()]
+        """The files that hold the weights: those of the index, or all if there is no index.
+
+        An index none of whose files is there belongs to the source of a converted folder.
+        """
+        # Names with a leading dot are what macOS leaves beside files on foreign disks.
+        there = [file for file in sorted(self.folder.glob("*.safetensors")) if file.name[0] != "."]
+        indexed = [self.folder / name for name in sorted(set(self._weight_map.values()))]
+        absent = [file.name for file in indexed if not file.exists()]
+        if not there and not indexed:
+            raise InputError(f"{self.folder}: no .safetensors file; {_instead(self.folder)}")
+        if not indexed or (there and len(absent) == len(indexed)):
+            self.__dict__["_weight_map"] = {}
+            # mlx-lm's names; others beside them are adapters or another program's copy.
+            return [file for file in there if file.name.startswith("model")] or there
         if absent:
             raise InputError(
                 f"{self.folder / INDEX_FILE}: names files that are not there: {listing(absent)}; "
                 "download the checkpoint again"
             )
-        return files
+        for file in there:
+            if file not in indexed and file.name.startswith("model"):
+                self._refuse_second_copy(file)
+        return indexed
+
+    def _refuse_second_copy(self, file: Path) -> None:
+        """Raise InputError if a file that the index does not name holds tensors that it does.
+
+        transformers takes model.safetensors then, mlx-lm whichever it reads last.
+        """
+        if any(name in self._weight_map for name in _read_header(file)):
+            first = min(self._weight_map.values())
+            raise InputError(
+                f"{self.folder}: two sets of weights, {file.name} and the files of {INDEX_FILE} "
+                f"({first} …); remove {file.name}, or the index and its files, whichever is old"
+            )
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from lfm_mlx.checkpoint.folder import TensorInfo
 from lfm_mlx.errors import InputError
 
 # Per mode: its bits and its group sizes, the default first.
@@ -110,38 +111,71 @@ def packable(model: nn.Module) -> dict[str, int]:
     return {path: m["weight"].shape[-1] for path, m in modules if hasattr(m, "to_quantized")}
 
 
-def pack_modules(
-    model: nn.Module, settings: Mapping[str, Any], is_packed: Callable[[str], bool],
-    published: Callable[[str], str],
-) -> None:  # fmt: skip
-    """Replace the modules a quantized checkpoint has packed by their quantized kind.
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint has of one packed matrix: its words, and the scales of their groups."""
 
-    settings: config.json's `quantization`: the default and, by path, exceptions to it
-    is_packed: whether the checkpoint has scales for a module's path
-    published: the checkpoint's name for a path
+    weight: TensorInfo
+    scales: TensorInfo
+
+    def packing(self, path: str, width: int) -> Quantization:
+        """The packing that the shapes tell, of a matrix with `width` inputs.
+
+        Raises InputError if MLX has none of that kind.
+        """
+        groups, words = self.scales.shape[-1], self.weight.shape[-1]
+        # Affine scales are floats; every other mode has scales of 8 bits, and one size of its own.
+        modes = [mode for mode in MODES if (mode == "affine") == (self.scales.dtype != "U8")]
+        if groups and width % groups == 0 and 32 * words % width == 0:
+            bits, group_size = 32 * words // width, width // groups
+            for mode in modes:
+                if bits in MODES[mode][0] and group_size in MODES[mode][1]:
+                    return Quantization(bits, group_size, mode)
+        raise InputError(
+            f"{path}: {words} words and {groups} scales for {width} inputs are no quantization "
+            "that MLX has; download the checkpoint again, or convert the original"
+        )
+
+
+def pack_modules(
+    model: nn.Module, settings: Mapping[str, Any] | None, stored: Mapping[str, Stored],
+    own_name: Callable[[str], str],
+) -> dict[str, Quantization]:  # fmt: skip
+    """Replace the modules that the checkpoint has packed by their quantized kind; returns how.
+
+    What config.json does not name is inferred from the shapes, as mlx-lm does.
+
+    settings: config.json's `quantization`: a default and, by path, exceptions to it
+    stored: by the model's paths, what the checkpoint has packed
+    own_name: the model's path for one of config.json
 
     Raises InputError for a mode or size MLX lacks, and for settings that name no module.
     """
+    settings = settings or {}
     widths = packable(model)
-    names = {published(path): path for path in widths}
     entries = {key: value for key, value in settings.items() if isinstance(value, (dict, bool))}
-    unknown = sorted(set(entries) - set(names) - set(widths))
+    unknown = sorted(key for key in entries if own_name(key) not in widths)
     if unknown:
         raise InputError(f"config.json: quantization names no module of this model: {unknown[:8]}")
+    entries = {own_name(key): value for key, value in entries.items()}
     default = {key: settings[key] for key in ("bits", "group_size", "mode") if key in settings}
-
-    def settings_of(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        if path not in widths or not is_packed(path):
-            return False
-        entry = entries.get(published(path), entries.get(path, True))
-        if entry is False:
-            return False
-        packing = Quantization.of_settings(default if entry is True else entry)
-        if widths[path] % packing.group_size:
+    if default:
+        Quantization.of_settings(default)
+    packings: dict[str, Quantization] = {}
+    for path in [path for path in widths if path in stored and entries.get(path) is not False]:
+        entry = default if entries.get(path) is True else entries.get(path)
+        if isinstance(entry, Mapping):
+            packings[path] = Quantization.of_settings(entry)
+        else:
+            packings[path] = stored[path].packing(path, widths[path])
+        if widths[path] % packings[path].group_size:
             raise InputError(
-                f"config.json: quantization of {path} has group_size {packing.group_size}; "
+                f"config.json: quantization of {path} has group_size {packings[path].group_size}; "
                 f"expected a divisor of its width {widths[path]}"
             )
-        return asdict(packing)
+
+    def settings_of(path: str, _: nn.Module) -> bool | dict[str, Any]:
+        return asdict(packings[path]) if path in packings else False
 
     nn.quantize(model, class_predicate=settings_of)
+    return packings

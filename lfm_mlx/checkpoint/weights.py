@@ -1,9 +1,9 @@
 """From a checkpoint's tensors to the model's parameters: the rename table and its proof.
 
 Three spellings are read: the hub's (experts one by one: w1, w2, w3), transformers 5's fused one
-(gate_up_proj, down_proj over all experts), and MLX's published one (switch_mlp, quantized or not),
-which is also the model's own. `plan` says for every parameter which tensors make it, and proves
-that every tensor is used and every parameter filled, with its shape.
+(gate_up_proj, down_proj over all experts), and mlx-lm's (switch_mlp, quantized or not), which is
+also the model's own. `plan` says for every parameter which tensors make it, and proves that every
+tensor is used and every parameter filled, with its shape.
 """
 
 import re
@@ -18,7 +18,7 @@ from lfm_mlx.config import Config
 from lfm_mlx.errors import InputError
 
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-DENSE = re.compile(r"(model\.layers\.\d+\.feed_forward)\.(w[123])\.(weight|scales|biases)")
+DENSE = re.compile(r"(model\.layers\.\d+\.feed_forward)\.(\w+)((?:\.\w+)*)")
 EXPERT = re.compile(r"(model\.layers\.\d+\.feed_forward)\.experts\.(0|[1-9]\d*)\.(w[123])\.weight")
 FUSED = re.compile(r"(model\.layers\.\d+\.feed_forward)\.experts\.(gate_up_proj|down_proj)")
 CONV = re.compile(r"model\.layers\.\d+\.conv\.conv\.weight")
@@ -26,6 +26,11 @@ CONV = re.compile(r"model\.layers\.\d+\.conv\.conv\.weight")
 FLOAT32 = re.compile(r"model\.layers\.\d+\.feed_forward\.expert_bias")
 
 FLOATS = {"BF16", "F16", "F32"}
+# Endings of tensors that MLX does not read, and the quantization that has them.
+FOREIGN = {
+    ".qweight": "AWQ or GPTQ", ".weight_packed": "compressed-tensors", ".weight_scale": "fp8",
+    ".weight_scale_inv": "fp8", ".weight.absmax": "bitsandbytes", ".trellis": "EXL3",
+}  # fmt: skip
 # safetensors' names of what MLX packs into; a tensor of any other dtype is refused.
 PACKED = {"U32": mx.uint32, "U8": mx.uint8}
 
@@ -95,6 +100,13 @@ def plan(
     In the order of the model's layers. Raises InputError that lists, sorted, the tensors that are
     missing, left over, of a wrong shape, or floating where packed integers belong (or vice versa).
     """
+    for name in sorted(tensors):
+        for ending, method in FOREIGN.items():
+            if name.endswith(ending):
+                raise InputError(
+                    f"{name}: is quantized as {method}, which MLX does not read; take the "
+                    "unquantized checkpoint, or one that was quantized for MLX"
+                )
     found = assignments(config, tensors)
     parameters = {parameter.name: parameter for parameter in found}
     missing = sorted(set(expected) - set(parameters))
@@ -122,12 +134,10 @@ def assignments(config: Config, tensors: Mapping[str, TensorInfo]) -> list[Param
             experts.setdefault(path, {})[int(match[2])] = name
         elif (match := FUSED.fullmatch(name)) and len(info.shape) == 3:
             found += _split_fused(match[1], match[2], name)
-        elif (match := DENSE.fullmatch(name)) is not None:
-            found.append(Parameter(f"{match[1]}.{PROJECTIONS[match[2]]}.{match[3]}", (name,)))
         elif CONV.fullmatch(name) and info.shape[1:] == (1, config.conv_L_cache):
             found.append(Parameter(name, (name,), "taps"))
         else:
-            found.append(Parameter(name, (name,)))
+            found.append(Parameter(own_name(config, name), (name,)))
     for path, by_index in experts.items():
         _check_experts(path, by_index, config.num_experts)
         found.append(Parameter(path, tuple(by_index[index] for index in sorted(by_index)), "stack"))
@@ -190,13 +200,41 @@ def cast(name: str, array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     return array if dtype is None else array.astype(dtype)
 
 
-def published_name(config: Config, name: str) -> str:
-    """The name mlx-lm has for a parameter or module: the dense family keeps w1, w2 and w3 there."""
-    if config.model_type == "lfm2_moe":
+def own_name(config: Config, name: str) -> str:
+    """The model's name of a parameter or module, from the hub's spelling or from mlx-lm's.
+
+    They differ in the dense feed-forward: w1, w2 and w3, or gate_proj, down_proj and up_proj.
+    """
+    match = DENSE.fullmatch(name)
+    if match is None:
         return name
-    for hub, ours in PROJECTIONS.items():
-        name = re.sub(rf"\.feed_forward\.{ours}\b", f".feed_forward.{hub}", name)
-    return name
+    gate, up, down = config.dense_projections
+    names = {"w1": gate, "gate_proj": gate, "w3": up, "up_proj": up, "w2": down, "down_proj": down}
+    return f"{match[1]}.{names.get(match[2], match[2])}{match[3]}"
+
+
+def without_tied_head(
+    config: Config, tensors: Mapping[str, TensorInfo], arrays: dict[str, mx.array]
+) -> dict[str, TensorInfo]:
+    """The tensors without a stored head that repeats the embedding it is tied to.
+
+    Its arrays are dropped from `arrays`. Raises InputError if head and embedding differ: programs
+    disagree on which of them counts.
+    """
+    heads = [name for name in tensors if name.startswith("lm_head.")]
+    if not config.tie_word_embeddings or not heads:
+        return dict(tensors)
+    for name in heads:
+        embedding = name.replace("lm_head", "model.embed_tokens")
+        same = embedding in tensors and tensors[embedding].shape == tensors[name].shape
+        if not same or not mx.array_equal(arrays[name], arrays[embedding]).item():
+            raise InputError(
+                f"{name} differs from the embedding, and config.json ties the two; set "
+                "tie_word_embeddings to false if this head was trained, else remove the tensor"
+            )
+    for name in heads:
+        del arrays[name]
+    return {name: info for name, info in tensors.items() if name not in heads}
 
 
 def bad_values(arrays: Mapping[str, mx.array], names: Sequence[str]) -> list[str]:

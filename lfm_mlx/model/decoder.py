@@ -45,10 +45,11 @@ class Layer(nn.Module):
             self.self_attn = Attention(config)
         else:
             self.conv = ShortConv(config)
-        sparse = config.is_sparse(layer_index)
-        self.feed_forward = (
-            SparseFeedForward(config) if sparse else FeedForward(width, config.intermediate_size)
-        )
+        if config.is_sparse(layer_index):
+            self.feed_forward = SparseFeedForward(config)
+        else:
+            names = config.dense_projections
+            self.feed_forward = FeedForward(width, config.intermediate_size, names)
 
     def __call__(
         self, x: mx.array, mask: Mask, cache: Any | None, kernels: Kernels = NO_KERNELS

@@ -3,18 +3,22 @@
 import mlx.core as mx
 import mlx.nn as nn
 
+from lfm_mlx.config import ProjectionNames
 from lfm_mlx.kernels.metal import NO_KERNELS, Kernels
 from lfm_mlx.kernels.projection import silu_times
 from lfm_mlx.model.linear import Merged, project, project_matrix
 
 
 class FeedForward(nn.Module):
-    def __init__(self, width: int, inner: int):
+    """The feed-forward of one layer, its projections named as mlx-lm names the family's."""
+
+    def __init__(self, width: int, inner: int, names: ProjectionNames):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-        self.merged = Merged("gate_proj", "up_proj")
+        self[names.gate] = nn.Linear(width, inner, bias=False)
+        self[names.up] = nn.Linear(width, inner, bias=False)
+        self[names.down] = nn.Linear(inner, width, bias=False)
+        self.merged = Merged(names.gate, names.up)
+        self.down_name = names.down
 
     def __call__(self, x: mx.array, norm: nn.RMSNorm, kernels: Kernels = NO_KERNELS) -> mx.array:
         """x + the feed-forward of norm(x). Shapes: x [B, L, D], returns [B, L, D]."""
@@ -23,5 +27,6 @@ class FeedForward(nn.Module):
             h = project_matrix(x, both, norm, swiglu=True, kernels=kernels)
         else:
             normed = norm(x)
-            h = silu_times(self.gate_proj(normed), self.up_proj(normed))
-        return project(h, self.down_proj, residual=x, kernels=kernels)
+            gate, up = (self[name] for name in self.merged.names)
+            h = silu_times(gate(normed), up(normed))
+        return project(h, self[self.down_name], residual=x, kernels=kernels)

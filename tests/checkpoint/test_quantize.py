@@ -13,6 +13,7 @@ from mlx_lm import utils
 
 from lfm_mlx import Config, Model
 from lfm_mlx.checkpoint import quantize
+from lfm_mlx.checkpoint.folder import TensorInfo
 from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe
 from lfm_mlx.errors import InputError
 
@@ -138,24 +139,39 @@ def test_packable_are_the_matrices(config: dict[str, Any]) -> None:
     assert quantize.packable(model) == matrices
 
 
-def packed_names(settings: dict[str, Any], packed: set[str], config: dict = SPARSE) -> dict:
-    """Path → packing of the modules that `pack_modules` replaces."""
+def packed_names(
+    settings: dict[str, Any] | None, packed: dict[str, Quantization], config: dict = SPARSE
+) -> dict:
+    """Path → packing of the modules that `pack_modules` replaces, for what is stored so."""
     model = Model(Config.from_dict(config))
-    quantize.pack_modules(model, settings, packed.__contains__, lambda path: path)
-    return {
+    widths = quantize.packable(model)
+    stored = {path: stored_as(packing, widths[path]) for path, packing in packed.items()}
+    made = quantize.pack_modules(model, settings, stored, lambda path: path)
+    found = {
         path: (module.bits, module.group_size, module.mode)
         for path, module in model.named_modules()
         if hasattr(module, "bits")
     }
+    assert found == {path: (p.bits, p.group_size, p.mode) for path, p in made.items()}
+    return found
+
+
+def stored_as(packing: Quantization, width: int) -> quantize.Stored:
+    scales = "BF16" if packing.mode == "affine" else "U8"
+    return quantize.Stored(
+        TensorInfo("U32", (3, width * packing.bits // 32), Path()),
+        TensorInfo(scales, (3, width // packing.group_size), Path()),
+    )
 
 
 EMBED, GATE = "model.embed_tokens", "model.layers.2.feed_forward.gate"
 STACK = "model.layers.2.feed_forward.switch_mlp.up_proj"
+FOUR = Quantization.of()
 
 
 def test_modules_with_scales_are_packed_as_their_entry_says() -> None:
     settings = {"bits": 4, "group_size": 64, EMBED: {"bits": 6, "group_size": 32}, GATE: True}
-    assert packed_names(settings, {EMBED, GATE, STACK}) == {
+    assert packed_names(settings, dict.fromkeys((EMBED, GATE, STACK), FOUR)) == {
         EMBED: (6, 32, "affine"),
         GATE: (4, 64, "affine"),
         STACK: (4, 64, "affine"),
@@ -164,16 +180,28 @@ def test_modules_with_scales_are_packed_as_their_entry_says() -> None:
 
 def test_modules_without_scales_stay_floating_whatever_their_entry() -> None:
     settings = {"bits": 4, "group_size": 64, EMBED: {"bits": 6, "group_size": 32}}
-    assert packed_names(settings, {STACK}) == {STACK: (4, 64, "affine")}
-    assert packed_names(settings | {STACK: False}, {STACK}) == {}
+    assert packed_names(settings, {STACK: FOUR}) == {STACK: (4, 64, "affine")}
+    assert packed_names(settings | {STACK: False}, {STACK: FOUR}) == {}
 
 
-def test_mode_of_the_whole_and_of_one() -> None:
-    settings = {"bits": 4, "group_size": 32, "mode": "mxfp4", GATE: {"bits": 8, "group_size": 64}}
-    assert packed_names(settings, {GATE, STACK}) == {
-        GATE: (8, 64, "affine"),
-        STACK: (4, 32, "mxfp4"),
-    }
+@pytest.mark.parametrize("settings", [None, {"bits": 5, "group_size": 64}, {GATE: False}])
+@pytest.mark.parametrize("packing", ALL, ids=str)
+def test_what_has_no_entry_is_inferred_from_the_shapes(
+    settings: Any, packing: Quantization
+) -> None:
+    expected = {STACK: (packing.bits, packing.group_size, packing.mode)}
+    assert packed_names(settings, {STACK: packing}) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "groups", "dtype"),
+    [(16, 3, "F32"), (16, 0, "F32"), (28, 2, "F32"), (17, 2, "F32"), (16, 2, "U8"), (24, 4, "U8"),
+     (16, 128, "F32")],
+)  # fmt: skip
+def test_shapes_of_no_quantization(words: int, groups: int, dtype: str) -> None:
+    weight, scales = TensorInfo("U32", (3, words), Path()), TensorInfo(dtype, (3, groups), Path())
+    with pytest.raises(InputError, match=f"^a: {words} words and {groups} scales for 128 inputs"):
+        quantize.Stored(weight, scales).packing("a", 128)
 
 
 @pytest.mark.parametrize(
@@ -188,17 +216,18 @@ def test_mode_of_the_whole_and_of_one() -> None:
 )
 def test_settings_that_are_not_understood(entry: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        packed_names({"bits": 4, "group_size": 64, STACK: entry}, {STACK})
+        packed_names({"bits": 4, "group_size": 64, STACK: entry}, {STACK: FOUR})
 
 
 def test_settings_for_no_module() -> None:
     with pytest.raises(InputError, match=r"no module of this model: \['model.layers.9.x'\]"):
-        packed_names({"bits": 4, "group_size": 64, "model.layers.9.x": {"bits": 8}}, set())
+        packed_names({"bits": 4, "group_size": 64, "model.layers.9.x": {"bits": 8}}, {})
 
 
 def test_group_that_does_not_divide_the_width() -> None:
+    settings = {"bits": 4, "group_size": 64, STACK: {"bits": 4, "group_size": 128}}
     with pytest.raises(InputError, match=f"{STACK} has group_size 128; .* its width 96"):
-        packed_names({"bits": 4, "group_size": 128}, {STACK}, SPARSE | {"hidden_size": 96})
+        packed_names(settings, {STACK: FOUR}, SPARSE | {"hidden_size": 96})
 
 
 def test_group_sizes_and_bits_are_those_of_mlx() -> None:

@@ -63,8 +63,7 @@ def test_every_layout_makes_the_same_parameters(config: dict, layout: str, seed:
             path, index, which = name.removesuffix(".weight").replace(".experts", "").rsplit(".", 2)
             target = built[f"{path}.switch_mlp.{weights.PROJECTIONS[which]}.weight"][int(index)]
         elif ".feed_forward.w" in name:
-            path, which, _ = name.rsplit(".", 2)
-            target = built[f"{path}.{weights.PROJECTIONS[which]}.weight"]
+            target = built[weights.own_name(Config.from_dict(config), name)]
         else:
             target = built[name]
             values = values.swapaxes(1, 2) if name.endswith("conv.conv.weight") else values
@@ -213,16 +212,29 @@ def test_cast_keeps_expert_bias_in_float32(dtype: mx.Dtype | None) -> None:
     assert packed.dtype == mx.uint32
 
 
-def test_published_names() -> None:
+@pytest.mark.parametrize(
+    ("hub", "mlx"), [("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")]
+)
+def test_each_family_has_its_own_name_of_a_projection(hub: str, mlx: str) -> None:
     dense, sparse = Config.from_dict(DENSE), Config.from_dict(SPARSE)
-    path = "model.layers.0.feed_forward.down_proj"
-    assert (
-        weights.published_name(dense, f"{path}.scales") == "model.layers.0.feed_forward.w2.scales"
-    )
-    assert weights.published_name(dense, path) == "model.layers.0.feed_forward.w2"
-    assert weights.published_name(sparse, path) == path
-    unchanged = "model.layers.0.conv.in_proj.weight"
-    assert weights.published_name(dense, unchanged) == unchanged
+    path = "model.layers.0.feed_forward"
+    for rest in ("", ".weight", ".scales", ".lora_a"):
+        for spelling in (hub, mlx):
+            assert weights.own_name(dense, f"{path}.{spelling}{rest}") == f"{path}.{hub}{rest}"
+            assert weights.own_name(sparse, f"{path}.{spelling}{rest}") == f"{path}.{mlx}{rest}"
+    for name in ("model.layers.0.conv.in_proj.weight", f"{path}.gate.weight", "w1.weight"):
+        assert weights.own_name(dense, name) == weights.own_name(sparse, name) == name
+
+
+@pytest.mark.parametrize(
+    ("ending", "method"),
+    [("qweight", "AWQ or GPTQ"), ("weight_packed", "compressed-tensors"), ("weight_scale", "fp8")],
+)
+def test_tensors_of_another_quantization_are_refused_by_its_name(ending: str, method: str) -> None:
+    infos = infos_of(SPARSE)
+    name = "model.layers.1.self_attn.q_proj"
+    infos[f"{name}.{ending}"] = infos.pop(f"{name}.weight")
+    assert f"{name}.{ending}: is quantized as {method}, which MLX does not read" in fault(infos)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
