@@ -9,7 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from itertools import cycle
@@ -28,18 +28,25 @@ from lfm_mlx.checkpoint.writer import ShardWriter, copy_kept, is_checkpoint
 from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.errors import InputError
 from lfm_mlx.files import atomic_folder, free_bytes, require_vacant, write_json
-from lfm_mlx.load import DTYPES, as_dtype, check_values, open_checkpoint
+from lfm_mlx.load import DTYPES, as_dtype, open_checkpoint
 from lfm_mlx.model import Model
+
+FLOATS = DTYPES.values()
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion made. `floating` lists matrices left floating because of their width."""
+    """What a conversion made.
+
+    floating: matrices left floating because of their width
+    noted: tensors that keep their dtype, as the one asked for cannot hold them, or hold NaN
+    """
 
     bits_per_weight: float
     nbytes: int
     seconds: float
     floating: tuple[str, ...]
+    noted: tuple[str, ...] = ()
 
 
 def convert(
@@ -86,18 +93,28 @@ def convert(
         copy_kept(folder, partial_folder)
         done = converted_config(checkpoint.config, source_name(source), recipe, packings, dtype)
         write_json(partial_folder / "config.json", done)
-    bits_per_weight = 8 * writer.nbytes / total
-    return Report(bits_per_weight, writer.nbytes, time.perf_counter() - began, tuple(floating))
+    return Report(
+        bits_per_weight=8 * writer.nbytes / total,
+        nbytes=writer.nbytes,
+        seconds=time.perf_counter() - began,
+        floating=tuple(floating),
+        noted=tuple(job.noted),
+    )
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is made of the checkpoint's tensors. `packings`: by name, of parameters to be packed."""
+    """What is made of the checkpoint's tensors.
+
+    packings: by name, of parameters to be packed
+    noted: collects what is to be said of tensors
+    """
 
     parameters: list[weights.Parameter]
     packings: dict[str, Quantization]
     dtype: mx.Dtype | None
     check: bool
+    noted: list[str] = field(default_factory=list)
 
     def stored(
         self, arrays: dict[str, mx.array], progress: weights.Progress
@@ -108,14 +125,25 @@ class Job:
         streams = [mx.new_stream(mx.cpu) for _ in range(2)] if on_cpu else [None]
         waiting: dict[str, mx.array] = {}
         for parameter, parts in weights.build_each(self.parameters, arrays, progress):
+            numbers = [mx.isfinite(part).all() for part in parts if part.dtype in FLOATS]
             coming = self.pieces(parameter, parts, streams)
             del parts
-            mx.async_eval(list(coming.values()))
+            mx.async_eval(numbers, list(coming.values()))
             mx.eval(list(waiting.values()))
             yield from waiting.items()
+            self.require_numbers(parameter.name, numbers)
             waiting = coming
         mx.eval(list(waiting.values()))
         yield from waiting.items()
+
+    def require_numbers(self, name: str, numbers: list[mx.array]) -> None:
+        """Note a parameter with a NaN or an infinity, or raise InputError if `check` is set."""
+        if all(finite.item() for finite in numbers):
+            return
+        said = f"weights with NaN or infinity: {name}; {weights.HEAL}"
+        if self.check:
+            raise InputError(said)
+        self.noted.append(said)
 
     def pieces(
         self,
@@ -129,9 +157,7 @@ class Job:
         reading of one goes on while another is packed, and no stack of floats takes memory.
         """
         name, packing = parameter.name, self.packings.get(parameter.name)
-        parts = [weights.cast(name, part, self.dtype) for part in parts]
-        if self.check:
-            check_values({name: parameter.join(parts)})
+        parts = [self.cast(name, part) for part in parts]
         if packing is None:
             return {name: parameter.join(parts)}
         packed = [
@@ -139,6 +165,14 @@ class Job:
         ]
         stem = name.removesuffix("weight")
         return {stem + key: parameter.join([piece[key] for piece in packed]) for key in packed[0]}
+
+    def cast(self, name: str, part: mx.array) -> mx.array:
+        """The part in the dtype asked for, or as it is, and noted, if that cannot hold it."""
+        try:
+            return weights.cast_checked(name, part, self.dtype)
+        except weights.BeyondDtypeError as error:
+            self.noted.append(f"left in its own dtype: {error}")
+            return part
 
     def nbytes(self, expected: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> int:
         """What the stored tensors will take."""
@@ -220,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     for path in report.floating:
         print(f"left floating, its width is no multiple of the group size: {path}", file=sys.stderr)
+    for line in report.noted:
+        print(line, file=sys.stderr)
     print(
         f"{args.out}: {report.bits_per_weight:.3f} bits per weight, {report.nbytes / 1e9:.3f} GB, "
         f"{report.seconds:.1f} s"

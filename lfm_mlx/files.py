@@ -103,13 +103,30 @@ def _take_place(partial: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process. Raises OSError when another has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+# What flock answers on disks that have no locks (some SMB, NFS, FUSE and Lustre mounts).
+NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.ENOTTY}
+
+
+def lock(descriptor: int) -> bool:
+    """Lock a file or folder until it is closed; False if its disk has no locks.
+
+    Raises BlockingIOError if another process holds the lock.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock, which ends with the process; False without. Raises as `lock`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield lock(descriptor)
     finally:
         os.close(descriptor)
 
@@ -117,8 +134,9 @@ def _locked(folder: Path) -> Iterator[None]:
 def _remove_abandoned(out: Path) -> None:
     """Remove the partial folders of runs that were killed; a living one has its folder locked."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left)
+        with contextlib.suppress(OSError), _locked(left) as held:
+            if held:
+                shutil.rmtree(left)
 
 
 def free_bytes(folder: Path) -> int:

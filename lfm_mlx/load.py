@@ -69,7 +69,9 @@ def load_model(
     filled: list[tuple[str, mx.array]] = []
     for parameter, parts in weights.build_each(parameters, arrays, progress):
         keep = kept and ".switch_mlp." in parameter.name
-        array = weights.cast(parameter.name, parameter.join(parts), None if keep else target)
+        array = weights.cast_checked(
+            parameter.name, parameter.join(parts), None if keep else target
+        )
         del parts
         mx.eval(array)
         filled.append((parameter.name, array))
@@ -100,7 +102,7 @@ def checkpoint_tensors(
 def pack_as_stored(
     model: Model, config: Config, tensors: dict[str, TensorInfo]
 ) -> dict[str, quantize.Quantization]:
-    """Replace the model's modules that are stored packed by quantized ones; returns how, by path"""
+    """Replace the modules that are stored packed by quantized ones; returns how, by path."""
     infos = {p.name: tensors[p.sources[0]] for p in weights.assignments(config, tensors)}
     stored = {
         path: quantize.Stored(infos[f"{path}.weight"], scales)
@@ -115,7 +117,7 @@ def check_values(arrays: dict[str, mx.array]) -> None:
     """Raise InputError that lists the parameters with a NaN or an infinity."""
     bad = weights.bad_values(arrays, sorted(arrays))
     if bad:
-        raise InputError(f"weights with NaN or infinity: {listing(bad)}; download them again")
+        raise InputError(f"weights with NaN or infinity: {listing(bad)}; {weights.HEAL}")
 
 
 def as_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:

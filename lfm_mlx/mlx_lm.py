@@ -13,15 +13,17 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import cli, models
+from mlx_lm import cli, models, utils
 from mlx_lm.models import cache
 
 from lfm_mlx.cache.conv_window import ConvWindow
@@ -33,6 +35,7 @@ from lfm_mlx.cli.command import BAD_INPUT, DONE, run
 from lfm_mlx.config import Config
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.model import Model
+from lfm_mlx.model.experts import SparseFeedForward
 
 MODEL_TYPES = ("lfm2_moe", "lfm2")
 CACHE_ENTRIES = (ConvWindow, GrowingKVCache, GrowingQuantizedKVCache)
@@ -47,32 +50,90 @@ convert, and whichever else `mlx_lm --help` names. COMMAND --help tells its opti
 folder, a hub name, or demo."""
 
 
+class ModelArgs(Config):
+    """mlx-lm's arguments of a model: the keys of config.json as keywords, and the Config of them.
+
+    A key that Config has by another name, such as block_ff_dim, can be read as it was given.
+    """
+
+    def __init__(self, **values: Any):
+        config = Config.from_dict(values)
+        for field in fields(Config):
+            object.__setattr__(self, field.name, getattr(config, field.name))
+        object.__setattr__(self, "given", values)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelArgs":
+        return cls(**values)
+
+    @property
+    def full_attn_idxs(self) -> list[int]:
+        return [index for index in range(self.num_hidden_layers) if self.is_attention(index)]
+
+    @property
+    def block_ff_dim(self) -> int:
+        """The width before `block_auto_adjust_ff_dim` has its way."""
+        return self.given.get("block_ff_dim") or self.given["intermediate_size"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "given" and name in self.__dict__.get("given", ()):
+            return self.given[name]
+        raise AttributeError(name)
+
+
+class RouterGate(nn.Linear):
+    """A router's gate that no recipe of mlx-lm packs: it seems not to be able to be quantized."""
+
+    @property
+    def to_quantized(self) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise AttributeError("to_quantized")
+
+
 class HookedModel(Model):
     """Our Model with the hooks that mlx-lm's load and convert call."""
 
+    def __init__(self, config: Config):
+        super().__init__(config)
+        for layer in self.layers:
+            if isinstance(layer.feed_forward, SparseFeedForward):
+                layer.feed_forward.gate = retyped(layer.feed_forward.gate, RouterGate)
+
     def sanitize(self, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """a checkpoint's tensors, in any spelling, as this model's parameters."""
-        infos = {name: TensorInfo("", array.shape, Path()) for name, array in tensors.items()}
-        built = {p.name: p.build(tensors) for p in weights.assignments(self.config, infos)}
+        """Return a checkpoint's tensors, in any spelling, as this model's parameters."""
+        arrays = dict(tensors)
+        infos = {name: TensorInfo("", array.shape, Path()) for name, array in arrays.items()}
+        infos = weights.without_tied_head(self.config, infos, arrays)
+        built = {p.name: p.build(arrays) for p in weights.assignments(self.config, infos)}
+        for index, layer in enumerate(self.layers):
+            if f"model.layers.{index}.feed_forward.gate.scales" in built:
+                # Packed by another program: mlx-lm's load is to make it what it is stored as.
+                layer.feed_forward.gate = retyped(layer.feed_forward.gate, nn.Linear)
         return {name: weights.cast(name, array, None) for name, array in built.items()}
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
-        """which modules its convert command packs."""
+        """Return which modules mlx-lm's convert packs."""
         never = re.compile("|".join(quantize.NEVER))
         return lambda path, module: never.fullmatch(path) is None
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
-        """which parameters its convert command casts to the dtype asked for."""
+        """Return which parameters mlx-lm's convert casts to the dtype asked for."""
         return lambda name: weights.FLOAT32.fullmatch(name) is None
+
+
+def retyped(linear: Any, kind: type[nn.Linear]) -> nn.Linear:
+    """A module of this kind with the weight of `linear`."""
+    made = kind(1, 1, bias=False)
+    made.weight = linear["weight"]
+    return made
 
 
 class Seam(ModuleType):
     """What mlx-lm imports in place of its own module of a model type."""
 
     Model = HookedModel
-    ModelArgs = Config
+    ModelArgs = ModelArgs
 
     def __init__(self, name: str, stock: ModuleType):
         super().__init__(name, "lfm_mlx's classes in the place of mlx-lm's.")
@@ -124,6 +185,8 @@ def main() -> int:
     sys.argv = [f"lfm_mlx.mlx_lm {name}", name, *known_models(sys.argv[2:])]
     # A service manager's request to stop ends the server as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if name == "server":
+        end_with_its_generator()
     try:
         cli.main()
     except ModuleNotFoundError as error:
@@ -132,12 +195,44 @@ def main() -> int:
         ) from error
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-            raise InputError("the port is taken; give another --port") from error
-        # What mlx-lm raises for wrong use: a bad option, a missing adapter, a folder in the way.
-        raise InputError(one_line(error)) from error
+    except Exception as error:
+        raise in_one_line(error) from error
     return DONE
+
+
+def in_one_line(error: Exception) -> InputError:
+    """The one line of what mlx-lm raised: a bad option, a missing adapter, a folder in the way.
+
+    An exception that is no sign of wrong use names its type; LFM_MLX_TRACEBACK=1 prints where.
+    """
+    if os.environ.get("LFM_MLX_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        return InputError("the port is taken; give another --port")
+    if isinstance(error, (ValueError, OSError)):
+        return InputError(one_line(error))
+    return InputError(
+        f"mlx-lm stopped at {type(error).__name__}: {one_line(error)}; LFM_MLX_TRACEBACK=1 tells "
+        "where"
+    )
+
+
+def end_with_its_generator() -> None:
+    """Let the server's process end when the thread does that loads the model and answers with it.
+
+    mlx-lm's server would log a traceback and refuse every request for as long as it lives.
+    """
+    server = import_module("mlx_lm.server")
+
+    class EndingGenerator(server.ResponseGenerator):
+        def _run_generate(self) -> None:
+            try:
+                self._generate()
+            except Exception as error:
+                print(f"lfm_mlx.mlx_lm: {in_one_line(error)}", file=sys.stderr, flush=True)
+                os._exit(BAD_INPUT)
+
+    server.__dict__["ResponseGenerator"] = EndingGenerator
 
 
 def known_models(arguments: list[str]) -> list[str]:
@@ -164,8 +259,21 @@ def model_name(model: str) -> str:
     if checkpoint.config.get("model_type") in MODEL_TYPES:
         Config.from_dict(checkpoint.config)
         _ = checkpoint.tensors
+    else:
+        require_known(checkpoint)
     local = model == DEMO or Path(model).expanduser().is_dir()
     return str(folder) if local else model
+
+
+def require_known(checkpoint: Checkpoint) -> None:
+    """Raise InputError unless mlx-lm has the model's type."""
+    try:
+        utils._get_classes(checkpoint.config)
+    except (KeyError, ValueError) as error:
+        kind = checkpoint.config.get("model_type")
+        raise InputError(
+            f"{checkpoint.folder}: model_type is {kind!r}, which mlx-lm lacks"
+        ) from error
 
 
 def command() -> int:

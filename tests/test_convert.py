@@ -322,7 +322,7 @@ def test_check_refuses_bad_weights(tmp_path: Path, value: float) -> None:
     source = write_folder(tmp_path / "hub")
     change_tensors(source, lambda tensors: tensors[NORM].__setitem__(7, value))
     message = refused(source, tmp_path / "out", check=True, recipe=FOUR)
-    assert message == f"weights with NaN or infinity: {NORM}; download them again"
+    assert message == f"weights with NaN or infinity: {NORM}; download or convert them again"
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
     convert(source, tmp_path / "out")
 
@@ -505,3 +505,48 @@ def test_interrupted_from_outside(tmp_path: Path, sources: dict[str, Path]) -> N
         _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (INTERRUPTED, "lfm_mlx.convert: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", [None, FOUR])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.conv.in_proj.weight",
+        "model.layers.2.ffn_norm.weight",
+        "model.layers.1.feed_forward.experts.2.w1.weight",
+    ],
+)
+def test_what_float16_cannot_hold_keeps_its_dtype_and_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: Recipe | None, name: str
+) -> None:
+    source = write_folder(tmp_path / "hub")
+    change_tensors(source, lambda tensors: tensors.update({name: tensors[name] * 1e7}))
+    bits = [] if recipe is None else ["--bits", "4"]
+    line = ["--model", str(source), "--out", str(tmp_path / "out"), "--dtype", "float16", *bits]
+    convert_module.main(line)
+    said = capsys.readouterr().err
+    assert said.startswith("left in its own dtype: ")
+    assert " is beyond float16, which ends at 65504; take another dtype" in said
+    stored = stored_tensors(tmp_path / "out")
+    floats = [a for a in stored.values() if mx.issubdtype(a.dtype, mx.floating)]
+    assert all(mx.isfinite(array).all().item() for array in floats)
+    assert {array.dtype for array in floats} == {mx.float16, mx.float32}
+    with pytest.raises(InputError, match="is beyond float16"):
+        load_model(source, dtype="float16")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("recipe", [None, FOUR])
+def test_weights_that_are_no_numbers_are_said_without_asking(
+    tmp_path: Path, recipe: Recipe | None, bad: float
+) -> None:
+    source, name = write_folder(tmp_path / "hub"), "model.layers.0.conv.in_proj.weight"
+
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        tensors[name][3, 5] = bad
+
+    change_tensors(source, spoil)
+    said = f"weights with NaN or infinity: {name}; download or convert them again"
+    assert convert(source, tmp_path / "out", recipe=recipe).noted == (said,)
+    assert refused(source, tmp_path / "checked", recipe=recipe, check=True) == said
+    assert not (tmp_path / "checked").exists()

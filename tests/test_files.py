@@ -1,6 +1,7 @@
 """Files and folders that appear whole, or not at all."""
 
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -12,7 +13,7 @@ from folders import contents
 from lfm_mlx import files
 from lfm_mlx.checkpoint.writer import is_checkpoint
 from lfm_mlx.errors import InputError
-from lfm_mlx.files import atomic_folder
+from lfm_mlx.files import atomic_folder, lock
 
 
 def test_no_room_names_other_reasons() -> None:
@@ -152,3 +153,26 @@ def test_unwritable_place(tmp_path: Path) -> None:
 def test_free_bytes(tmp_path: Path) -> None:
     found = os.statvfs(tmp_path)
     assert files.free_bytes(tmp_path) == pytest.approx(found.f_bavail * found.f_frsize, rel=0.1)
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
+def test_a_disk_without_locks_is_written_and_nothing_there_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    perhaps_living = tmp_path / ".out.partial-other"
+    perhaps_living.mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("whole")
+    assert (tmp_path / "out" / "a").read_text() == "whole"
+    assert perhaps_living.is_dir()
+
+
+def test_a_lock_that_is_held_is_told_from_none(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as first, (tmp_path / "file").open("ab") as second:
+        assert lock(first.fileno())
+        with pytest.raises(BlockingIOError):
+            lock(second.fileno())

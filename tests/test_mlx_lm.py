@@ -27,7 +27,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from make_random_checkpoint import config_of_size, random_tensors, write_checkpoint
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import cache as stock_cache
 
 import lfm_mlx.mlx_lm as seam
@@ -113,7 +113,7 @@ def loaded(demo: Path) -> tuple[Model, mlx_lm.tokenizer_utils.TokenizerWrapper]:
 
 @pytest.fixture(scope="module")
 def least() -> Model:
-    return least_model(seam.HookedModel, Config)
+    return least_model(seam.HookedModel, seam.ModelArgs)
 
 
 def least_model(model_class: type, arguments_class: type) -> nn.Module:
@@ -146,7 +146,10 @@ def greedy(model: nn.Module, prompt: list[int], count: int) -> list[int]:
 
 def test_mlx_lm_finds_our_classes_until_they_are_unregistered() -> None:
     for model_type in ("lfm2_moe", "lfm2"):
-        assert utils._get_classes({"model_type": model_type}) == (seam.HookedModel, Config)
+        assert utils._get_classes({"model_type": model_type}) == (
+            seam.HookedModel,
+            seam.ModelArgs,
+        )
         assert getattr(mlx_lm.models, model_type).Model is seam.HookedModel
     assert stock_cache.ConvWindow is ConvWindow
     seam.unregister()
@@ -253,6 +256,109 @@ def test_convert_quantizes_all_but_the_router(demo: Path, tmp_path: Path) -> Non
     again, _ = utils.load_model(plain)
     expected, found = np.array(model(tokens)), np.array(again(tokens))
     assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+MLX_LM_SPARSE = {
+    "model_type": "lfm2_moe", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "norm_eps": 1e-5, "vocab_size": 100,
+    "full_attn_idxs": [0, 1, 2], "rope_theta": 10000, "max_position_embeddings": 1000,
+    "conv_bias": True, "conv_L_cache": 3, "moe_intermediate_size": 32, "num_dense_layers": 2,
+    "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "use_expert_bias": True,
+}  # fmt: skip
+MLX_LM_DENSE = {
+    "model_type": "lfm2", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "norm_eps": 1e-5, "vocab_size": 100, "full_attn_idxs": [0, 1, 2],
+    "rope_theta": 10000, "block_dim": 64, "block_ffn_dim_multiplier": 1.5,
+    "block_auto_adjust_ff_dim": True, "block_ff_dim": 128, "block_multiple_of": 32,
+    "max_position_embeddings": 1000, "conv_bias": True, "conv_L_cache": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [MLX_LM_SPARSE, MLX_LM_DENSE], ids=lambda v: v["model_type"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_model_args_take_mlx_lms_keywords(values: dict, dtype: mx.Dtype) -> None:
+    """What mlx-lm's own tests of the two families do with a model."""
+    module = import_module(f"mlx_lm.models.{values['model_type']}")
+    args = module.ModelArgs(**values)
+    stock, stock_args = stock_classes(values["model_type"])
+    expected = stock_args(**values)
+    for name in values:
+        assert getattr(args, name) == getattr(expected, name), name
+    model = module.Model(args)
+    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    assert shapes == {name: a.shape for name, a in tree_flatten(stock(expected).parameters())}
+    model.update(tree_map(lambda array: array.astype(dtype), model.parameters()))
+    cache = stock_cache.make_prompt_cache(model)
+    logits = model(mx.array([[0, 1]]), cache=cache)
+    logits = model(mx.argmax(logits[0, -1:, :], keepdims=True), cache=cache)
+    assert (logits.shape, logits.dtype) == ((1, 1, 100), dtype)
+    assert model(mx.array([[0, 1], [2, 3]])).shape == (2, 2, 100)
+    copy.deepcopy(model)
+
+
+def test_model_args_tell_the_width_under_either_name() -> None:
+    given = {key: value for key, value in MLX_LM_DENSE.items() if key != "block_ff_dim"}
+    args = seam.ModelArgs.from_dict(given | {"intermediate_size": 128, "unknown": 1})
+    assert args.block_ff_dim == 128
+    assert not hasattr(args, "absent")
+
+
+@pytest.mark.parametrize("recipe", [None, "mixed_2_6", "mixed_3_6", "mixed_4_6"])
+def test_no_recipe_of_mlx_lm_packs_the_router(tmp_path: Path, recipe: str | None) -> None:
+    config = config_of_size("tiny")
+    write_checkpoint(config, tmp_path / "hub")
+    mixed = [] if recipe is None else ["--quant-predicate", recipe]
+    call(
+        "convert", "--model", str(tmp_path / "hub"), "--mlx-path", str(tmp_path / "q"), "-q", *mixed
+    )
+    stored = mx.load(str(tmp_path / "q" / "model.safetensors"))
+    packed = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
+    assert not any(name.endswith("feed_forward.gate") for name in packed)
+    assert sum("switch_mlp" in name for name in packed) == 6 * 3
+    settings = json.loads((tmp_path / "q" / "config.json").read_text())["quantization"]
+    assert not any(settings.get(name) for name in settings if name.endswith("feed_forward.gate"))
+
+
+def test_a_router_that_stock_mlx_lm_packed_loads(tmp_path: Path) -> None:
+    config = config_of_size("tiny")
+    write_checkpoint(config, tmp_path / "hub")
+    seam.unregister()
+    mlx_lm.convert(str(tmp_path / "hub"), str(tmp_path / "q"), quantize=True)
+    stock, _ = utils.load_model(tmp_path / "q")
+    seam.register()
+    ours, _ = utils.load_model(tmp_path / "q")
+    assert ours.layers[3].feed_forward.gate.bits == 8
+    tokens = mx.array([[1, 100, 200, 300]])
+    for model in (stock, ours):
+        model.set_dtype(mx.float32)
+    expected, found = np.array(stock(tokens)), np.array(ours(tokens))
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_gptq_takes_the_experts_and_leaves_the_router() -> None:
+    gptq = import_module("mlx_lm.quant.gptq").gptq_quantize
+    module = import_module("mlx_lm.models.lfm2_moe")
+    wide = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), 64)
+    model = module.Model(module.ModelArgs(**(LEAST | wide)))
+    model, settings = gptq(model, mx.random.randint(0, 61, (4, 32)), 4, 64, 6, 64)
+    sparse = model.layers[3].feed_forward
+    assert {sparse.switch_mlp[name].bits for name in ("gate_proj", "up_proj", "down_proj")} == {4}
+    assert isinstance(sparse.gate, nn.Linear)
+    assert not any(name.endswith("feed_forward.gate") for name in settings)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_dense_model_is_written_with_the_published_names(tmp_path: Path, seed: int) -> None:
+    write_checkpoint(DENSE | {"norm_eps": 1e-5}, tmp_path / "hub", seed)
+    call("convert", "--model", str(tmp_path / "hub"), "--mlx-path", str(tmp_path / "made"))
+    ours, _ = utils.load_model(tmp_path / "made")
+    seam.unregister()
+    stock, _ = utils.load_model(tmp_path / "made")
+    tokens = mx.array([[5, 17, 44, 2]])
+    for model in (stock, ours):
+        model.set_dtype(mx.float32)
+    expected, found = np.array(stock(tokens)), np.array(ours(tokens))
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 # Generation
@@ -770,3 +876,33 @@ def test_a_taken_port_is_one_line_and_no_hanging_process(demo: Path) -> None:
         )
     assert done.returncode == 2
     assert "the port is taken" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["unknown type", "config that does not build"])
+def test_a_server_that_cannot_load_its_model_ends(tmp_path: Path, kind: str) -> None:
+    write_checkpoint(config_of_size("tiny"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_type"] = "lfm2_vl" if kind == "unknown type" else "llama"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "lfm_mlx.mlx_lm", "server", "--model", str(tmp_path)]
+    done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("lfm_mlx.mlx_lm: ")
+
+
+@pytest.mark.parametrize("error", [KeyError("scale"), TypeError("x"), RuntimeError("[load] a\nb")])
+def test_what_mlx_lm_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(seam.cli, "main", fail)
+    assert call("lora") == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert type(error).__name__ in line
+    monkeypatch.setenv("LFM_MLX_TRACEBACK", "1")
+    call("lora")
+    assert "Traceback" in capsys.readouterr().err

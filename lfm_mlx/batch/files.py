@@ -5,7 +5,6 @@ the requests that it answers are not asked again.
 """
 
 import contextlib
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lfm_mlx.errors import InputError, one_line
-from lfm_mlx.files import no_room
+from lfm_mlx.files import lock, no_room
 
 KEYS = ("id", "prompt", "messages", "tools", "max_tokens")
 BEGINNING = b'{"id": '
@@ -140,8 +139,8 @@ def open_results(path: Path) -> Iterator[Results]:
         raise InputError(f"--out {path}: cannot be written ({error.strerror})") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            lock(file.fileno())
+        except BlockingIOError as error:
             raise InputError(f"--out {path}: another run is writing it") from error
         yield Results(path, file, _mended(path, file))
 

@@ -31,6 +31,8 @@ FOREIGN = {
     ".qweight": "AWQ or GPTQ", ".weight_packed": "compressed-tensors", ".weight_scale": "fp8",
     ".weight_scale_inv": "fp8", ".weight.absmax": "bitsandbytes", ".trellis": "EXL3",
 }  # fmt: skip
+# What to do about weights that are no numbers.
+HEAL = "download or convert them again"
 # safetensors' names of what MLX packs into; a tensor of any other dtype is refused.
 PACKED = {"U32": mx.uint32, "U8": mx.uint8}
 
@@ -198,6 +200,28 @@ def cast(name: str, array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     if FLOAT32.fullmatch(name):
         return array.astype(mx.float32)
     return array if dtype is None else array.astype(dtype)
+
+
+class BeyondDtypeError(InputError):
+    """A finite weight would become infinite in the dtype asked for."""
+
+
+def cast_checked(name: str, array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    """`cast`, which raises BeyondDtypeError if a finite value would become infinite."""
+    done = cast(name, array, dtype)
+    if done.dtype.size < array.dtype.size or done.dtype == mx.float16 != array.dtype:
+        bad = not mx.isfinite(done).all().item()
+        if bad and mx.isfinite(array).all().item():
+            largest = mx.abs(array.astype(mx.float32)).max().item()
+            kind = str(done.dtype).rpartition(".")[2]
+            ends = mx.finfo(done.dtype).max
+            raise BeyondDtypeError(
+                f"{name}: {largest:.3g} is beyond {kind}, which ends at {ends:.5g}; take another "
+                "dtype: bfloat16 or float32"
+            )
+        if bad:
+            raise InputError(f"weights with NaN or infinity: {name}; {HEAL}")
+    return done
 
 
 def own_name(config: Config, name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 
-from lfm_mlx.engine.decode import Step
+from lfm_mlx.engine.decode import Step, logprob_of
 from lfm_mlx.engine.sample import Sampler, Sampling
 from lfm_mlx.model import Model
 
@@ -81,6 +81,8 @@ def decode_rows(
                 return
             for response in generator.next_generated():
                 row = running[response.uid]
+                if not row.steps:
+                    logprob_of(response.logprobs[response.token])  # NaN from the start is said
                 row.steps.append(Step(response.token, math.nan, response.finish_reason))
                 if response.finish_reason is not None:
                     yield running.pop(response.uid)

@@ -5,6 +5,7 @@ waits for Python. With a large cache the next step is only built, not started: M
 values in place only if no running step still reads them; otherwise it copies the whole cache.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -139,7 +140,7 @@ def decode(
         current = int(number(token))
         stopped = current in stop_ids
         reason = "stop" if stopped else "length" if following is None else None
-        yield Step(current, number(logprob), reason)
+        yield Step(current, logprob_of(logprob), reason)
         if stopped or following is None:
             return
         token, logprob = following
@@ -160,6 +161,20 @@ def _draw(
     if token is not None:
         constraint.advance(int(number(token)))
     return sampler(logits, constraint.allowed())
+
+
+def logprob_of(array: mx.array) -> float:
+    """A log-probability as a number. Raises InputError if it is NaN: then the token means nothing.
+
+    Shapes: array [] or [1]
+    """
+    logprob = number(array)
+    if math.isnan(logprob):
+        raise InputError(
+            "the model computes NaN: its weights hold NaN or infinity (check when loading tells), "
+            "or its activations overflow float16 (dtype bfloat16 or float32 do not)"
+        )
+    return logprob
 
 
 def number(array: mx.array) -> float:

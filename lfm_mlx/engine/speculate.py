@@ -18,7 +18,16 @@ from lfm_mlx.cache.cache import cached_tokens, stored_bytes, tokens_read
 from lfm_mlx.cache.keys_values import KVQuantization
 from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.cache.rewind import rewind
-from lfm_mlx.engine.decode import CLEAR_EVERY, LARGE_BYTES, Reading, Step, begin, number, read
+from lfm_mlx.engine.decode import (
+    CLEAR_EVERY,
+    LARGE_BYTES,
+    Reading,
+    Step,
+    begin,
+    logprob_of,
+    number,
+    read,
+)
 from lfm_mlx.engine.lookup import PromptLookup
 from lfm_mlx.engine.sample import Sampler
 from lfm_mlx.model import Model
@@ -159,4 +168,4 @@ class Speculation:
     def step(self, done: Pass, index: int, last: bool = False) -> Step:
         token = int(number(done.tokens[index]))
         reason = "stop" if token in self.stop_ids else "length" if last else None
-        return Step(token, number(done.logprobs[index]), reason)
+        return Step(token, logprob_of(done.logprobs[index]), reason)

@@ -1,8 +1,8 @@
 """The sparse feed-forward: a router chooses K experts per token, and only those are computed.
 
-The stacked projections are mlx-lm's switch layers, so that LoRA, fusing and dequantizing
-recognize them; ours adds a gathered product of half-precision weights, which MLX's CPU backend
-lacks.
+The stacked projections are mlx-lm's switch layers, so that LoRA, fusing, dequantizing and GPTQ
+recognize them; `kernels.matrix` has the gathered product of half-precision weights that MLX's CPU
+backend lacks.
 """
 
 import mlx.core as mx
@@ -11,25 +11,9 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from lfm_mlx.config import Config
 from lfm_mlx.kernels.experts import experts, through_chosen
-from lfm_mlx.kernels.matrix import Matrix
 from lfm_mlx.kernels.metal import NO_KERNELS, Kernels, among
 from lfm_mlx.kernels.router import norm_router, router
 from lfm_mlx.model.linear import matrix_of
-
-
-class ExpertLinear(SwitchLinear):
-    """One projection of all experts, weight [E, out, in]."""
-
-    def __init__(self, width: int, out: int, num_experts: int):
-        super().__init__(width, out, num_experts, bias=False)
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Each row of x through the expert its index names.
-
-        Shapes:
-            x: [..., 1, in], broadcast against indices · indices: [...], returns [..., 1, out]
-        """
-        return Matrix(self.weight).chosen_times(x, indices, sorted_indices)
 
 
 class Experts(nn.Module):
@@ -37,9 +21,9 @@ class Experts(nn.Module):
 
     def __init__(self, width: int, inner: int, num_experts: int):
         super().__init__()
-        self.gate_proj = ExpertLinear(width, inner, num_experts)
-        self.up_proj = ExpertLinear(width, inner, num_experts)
-        self.down_proj = ExpertLinear(inner, width, num_experts)
+        self.gate_proj = SwitchLinear(width, inner, num_experts, bias=False)
+        self.up_proj = SwitchLinear(width, inner, num_experts, bias=False)
+        self.down_proj = SwitchLinear(inner, width, num_experts, bias=False)
 
     def __call__(
         self,
@@ -58,7 +42,10 @@ class Experts(nn.Module):
         if gate is not None and up is not None and down is not None:
             use = among(kernels, "experts")
             return experts(x, indices, weights, gate, up, down, residual, use_kernel=use)
-        y = through_chosen(x, indices, *projections)
+        # An adapter or mlx-lm's calibration is around one. The CPU's gathered product is float32's.
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        wide = x.astype(mx.float32) if on_cpu else x
+        y = through_chosen(wide, indices, *projections).astype(x.dtype)
         return residual + (y * weights[..., None]).sum(axis=-2)
 
 

@@ -112,3 +112,13 @@ def test_leaving_early_is_clean(model: Model) -> None:
 def test_impossible_prompts_are_refused(model: Model, prompt: list[int], says: str) -> None:
     with pytest.raises(InputError, match=says):
         next(decode(model, prompt))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["embedding_norm", "layer"])
+def test_logits_that_are_no_numbers_end_the_answer(bad: float, place: str) -> None:
+    model = model_of(ODD, random_tensors(ODD, seed=21))
+    norm = model.model.embedding_norm if place == "embedding_norm" else model.layers[2].ffn_norm
+    norm.weight = mx.where(mx.arange(norm.weight.size) == 5, bad, norm.weight)
+    with pytest.raises(InputError, match="the model computes NaN: its weights"):
+        list(decode(model, [1, 2, 3], max_tokens=3))
