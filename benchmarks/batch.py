@@ -9,7 +9,6 @@ ways interleave, and each way's median counts. Prints a table, then one JSON lin
 import argparse
 import json
 import platform
-import runpy
 import statistics
 import sys
 import time
@@ -26,14 +25,16 @@ from lfm_mlx.engine.decode import decode
 from lfm_mlx.engine.sample import GREEDY
 from lfm_mlx.errors import InputError
 
-CONVERSATIONS = Path(__file__).parents[1] / "scripts" / "demo_conversations.py"
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo"))
+
+from held_out import held_out
+
 KINDS = ("sum", "tool_call", "tool_answer", "copy", "fact", "greeting")
 Answers = dict[int, list[int]]
 
 
 def prompts_of(tokenizer: Any, count: int) -> list[list[int]]:
     """Prompts of all kinds in turn."""
-    held_out = runpy.run_path(str(CONVERSATIONS))["held_out"]
     by_kind = [held_out(kind, count) for kind in KINDS]
     examples = [example for group in zip(*by_kind, strict=True) for example in group]
     return [

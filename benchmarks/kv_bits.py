@@ -25,9 +25,9 @@ from lfm_mlx.engine.decode import Reading, decode, prefill, read
 from lfm_mlx.errors import InputError
 from lfm_mlx.load import DTYPES, load
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from demo_conversations import HELD_OUT_KINDS, Example, held_out, is_correct
-from evaluate_demo import LONGEST_ANSWER, prompt_of
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "demo"))
+from evaluate import LONGEST_ANSWER, prompt_of
+from held_out import HELD_OUT_KINDS, Example, held_out, is_correct
 
 FLOATING = "floating"
 

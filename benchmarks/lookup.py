@@ -31,10 +31,10 @@ from lfm_mlx.engine.speculate import decode_with_lookup
 from lfm_mlx.errors import InputError
 from lfm_mlx.load import DTYPES, load
 
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo"))
 
-from demo_conversations import HELD_OUT_KINDS, held_out
-from evaluate_demo import LONGEST_ANSWER, prompt_of
+from evaluate import LONGEST_ANSWER, prompt_of
+from held_out import HELD_OUT_KINDS, held_out
 
 NEVER_RIGHT = "never right"
 Prompts = Sequence[list[int]]

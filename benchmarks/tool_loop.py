@@ -27,10 +27,13 @@ from lfm_mlx.chat.tools import Tools
 from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.errors import InputError
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo"))
+
+from tool_kinds import TOOLS
+
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "tools.py"
 FUNCTIONS = runpy.run_path(str(EXAMPLE))
-CONVERSATIONS = runpy.run_path(str(ROOT / "scripts" / "demo_conversations.py"))
 
 
 class Silent:
@@ -57,7 +60,7 @@ class Silent:
 
 def calculator(rng: Random) -> tuple[str, str]:
     """A question, and the answer that is right."""
-    tool = CONVERSATIONS["TOOLS"]["calculator"]
+    tool = TOOLS["calculator"]
     while True:
         (expression,) = [parameter.draw(rng, True) for parameter in tool.parameters]
         result = FUNCTIONS["calculator"](expression)["result"]
@@ -69,7 +72,7 @@ def calculator(rng: Random) -> tuple[str, str]:
 
 def weather(rng: Random) -> tuple[str, str]:
     """A question, and the answer that is right."""
-    tool = CONVERSATIONS["TOOLS"]["weather"]
+    tool = TOOLS["weather"]
     (city,) = [parameter.draw(rng, True) for parameter in tool.parameters]
     question = rng.choice(tool.phrasings).format(city)
     return question, tool.answer.format(city, **FUNCTIONS["get_weather"](city))

@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from evaluate_demo import accuracy
+from evaluate import accuracy
 from reference import FIXTURES
 
 from lfm_mlx import Model
@@ -18,7 +18,7 @@ from lfm_mlx.convert import convert
 from lfm_mlx.engine.decode import decode
 from lfm_mlx.load import load, load_model, load_tokenizer
 
-# What Hugging Face's implementation answered greedily in float32, as token ids; by train_demo.
+# What Hugging Face's implementation answered greedily in float32, as token ids, by the trainer.
 FROZEN = json.loads((FIXTURES / "demo_answers.json").read_text(encoding="utf-8"))["entries"]
 # Held-out examples of each kind, and the least share that must be answered exactly: what was
 # measured on 200 of them, less three standard deviations of 40.

@@ -1,6 +1,6 @@
 """Held-out accuracy of the demo model, in floating point and in every packing asked for.
 
-    python scripts/evaluate_demo.py --count 200 --bits 4 --bits 8
+    python scripts/demo/evaluate.py --count 200 --bits 4 --bits 8
 
 Answers are greedy and must match exactly; the questions are about values that training never saw.
 Prints a table, then one JSON line.
@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from demo_conversations import HELD_OUT_KINDS, Example, held_out, is_correct
+from held_out import HELD_OUT_KINDS, Example, held_out, is_correct
 from tqdm import tqdm
 
 from lfm_mlx import Model, chatml
@@ -97,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, "evaluate_demo"))
+    sys.exit(run(main, "evaluate"))
