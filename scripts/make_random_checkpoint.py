@@ -34,9 +34,19 @@ TOKENIZER_FILES = (
 CHUNK = 1 << 20  # values computed at a time: the temporaries stay within a processor's cache
 SHARD_BYTES = 5_000_000_000
 
-FULL: Config = {
+# What sparse configs of every size have in common.
+SHARED: Config = {
     "architectures": ["Lfm2MoeForCausalLM"],
     "model_type": "lfm2_moe",
+    "norm_topk_prob": True,
+    "use_expert_bias": True,
+    "routed_scaling_factor": 1.0,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+FULL: Config = SHARED | {
     "dtype": "bfloat16",
     "vocab_size": 128000,
     "hidden_size": 2048,
@@ -51,15 +61,8 @@ FULL: Config = {
     "num_experts": 32,
     "num_experts_per_tok": 4,
     "num_dense_layers": 2,
-    "norm_topk_prob": True,
-    "use_expert_bias": True,
-    "routed_scaling_factor": 1.0,
-    "conv_L_cache": 3,
-    "conv_bias": False,
-    "norm_eps": 1e-5,
     "rope_parameters": {"rope_theta": 5000000, "rope_type": "default"},
     "max_position_embeddings": 128000,
-    "tie_word_embeddings": True,
 }
 # Deviations of weights beyond 1/sqrt(inputs). What a layer adds is damped, as training does, so
 # that rounding errors do not grow from layer to layer.
@@ -425,17 +428,22 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def exit_code(work: Callable[[], object], interrupted: str = "interrupted") -> int:
+    """Do the work of a command; return its exit code, after one line on what stopped it."""
     try:
-        run(options)
+        work()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was kept", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         return 130
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    return exit_code(lambda: run(options), "interrupted: nothing was kept")
 
 
 if __name__ == "__main__":

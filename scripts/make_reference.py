@@ -15,13 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from make_random_checkpoint import Config, random_tensors
+from make_random_checkpoint import SHARED, Config, exit_code, random_tensors
 from safetensors.numpy import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-SPARSE: Config = {
-    "architectures": ["Lfm2MoeForCausalLM"],
-    "model_type": "lfm2_moe",
+SPARSE: Config = SHARED | {
     "vocab_size": 131,
     "hidden_size": 64,
     "intermediate_size": 80,
@@ -31,15 +29,8 @@ SPARSE: Config = {
     "num_experts": 16,
     "num_experts_per_tok": 4,
     "num_dense_layers": 2,
-    "norm_topk_prob": True,
-    "use_expert_bias": True,
-    "routed_scaling_factor": 1.0,
-    "conv_L_cache": 3,
-    "conv_bias": False,
-    "norm_eps": 1e-5,
     "rope_parameters": {"rope_theta": 5000000.0, "rope_type": "default"},
     "max_position_embeddings": 128000,
-    "tie_word_embeddings": True,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -318,15 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=default, help="folder to write")
     parser.add_argument("--seed", type=int, default=1, help="of weights and tokens")
     options = parser.parse_args(arguments)
-    try:
-        run(options.out, options.seed)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options.out, options.seed))
 
 
 if __name__ == "__main__":

@@ -12,15 +12,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from make_random_checkpoint import write_checkpoint
+from make_random_checkpoint import SHARED, write_checkpoint
 from mlx_lm.utils import load_model as load_stock_model
 from safetensors.numpy import save_file
 
 from lfm_mlx.load import load_model
 
-SPARSE: dict[str, Any] = {
-    "architectures": ["Lfm2MoeForCausalLM"],
-    "model_type": "lfm2_moe",
+SPARSE: dict[str, Any] = SHARED | {
     "dtype": "bfloat16",
     "vocab_size": 131,
     "hidden_size": 128,
@@ -33,15 +31,8 @@ SPARSE: dict[str, Any] = {
     "num_experts": 5,
     "num_experts_per_tok": 2,
     "num_dense_layers": 1,
-    "norm_topk_prob": True,
-    "use_expert_bias": True,
-    "routed_scaling_factor": 1.0,
-    "conv_L_cache": 3,
-    "conv_bias": False,
-    "norm_eps": 1e-5,
     "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
     "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
     "bos_token_id": 1,
     "eos_token_id": 7,
     "pad_token_id": 0,
