@@ -23,10 +23,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models import lfm2_moe
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear
+from mlx_lm.sample_utils import make_repetition_penalty, make_sampler
 from tqdm import tqdm
 
 from lfm_mlx.cli.command import Parser, run
@@ -182,12 +184,31 @@ def experts_of_mlx_lm(case: Case) -> Run:
     return one
 
 
+def sample_of_mlx_lm(case: Case) -> Run:
+    """What generate_step does with logits; it draws by other numbers."""
+    row = case.inputs["row"]
+    read = mx.array(np.flatnonzero(np.array(case.inputs["counts"][0])).astype(np.int32))
+    penalize = make_repetition_penalty(row.repetition_penalty, 10**6)
+    draw = make_sampler(temp=row.temperature, top_k=row.top_k)
+
+    def one(inputs: Inputs) -> Arrays:
+        logits = inputs["logits"]
+        if row.repetition_penalty != 1.0:
+            logits = penalize(read, logits)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        tokens = draw(logprobs)
+        return tokens, mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+    return one
+
+
 OF_MLX_LM: dict[str, Callable[[Case], Run]] = {
     "short_conv": short_conv_of_mlx_lm,
     "norm_router": norm_router_of_mlx_lm,
     "qk_norm_rope": qk_norm_rope_of_mlx_lm,
     "projection": projection_of_mlx_lm,
     "experts": experts_of_mlx_lm,
+    "sample": sample_of_mlx_lm,
 }
 
 

@@ -104,8 +104,9 @@ PROMPT = 2048
 def drawing(model: Any, sampling: Sampling) -> Callable[[mx.array], Any]:
     """The token and its log-probability, as each engine takes them from logits [1, V]."""
     if isinstance(model, Model):
-        sampler = Sampler(model.config.vocab_size, sampling, seed=0)
+        sampler = Sampler(model.config.vocab_size, sampling, seed=0, kernels=model.kernels)
         sampler.observe([1, 2])
+        mx.eval(*(sampler.seen or ()))
         return sampler
     mx.random.seed(0)  # else the graph has what drew the weights
     sampler = make_sampler(temp=sampling.temperature, top_k=sampling.top_k)

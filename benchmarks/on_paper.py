@@ -109,7 +109,8 @@ def on_paper(evaluated: list[Any] | None = None) -> Iterator[None]:
         stack.enter_context(mock.patch.object(mx, "dequantize", dequantized))
         stack.enter_context(mock.patch.object(mx.fast, "metal_kernel", CountedKernel))
         stack.enter_context(mock.patch.object(metal, "available", return_value=True))
-        stack.enter_context(mock.patch("lfm_mlx.model.decoder.working", lambda kernels: kernels))
+        for room in ("model.decoder", "engine.sample"):
+            stack.enter_context(mock.patch(f"lfm_mlx.{room}.working", lambda kernels: kernels))
         if evaluated is not None:
             record = mock.patch.object(mx, "eval", lambda *arrays: evaluated.append(arrays))
             stack.enter_context(record)

@@ -93,7 +93,9 @@ class Responder:
         quantize_cache(self.cache, self.kv_quantization)
         unread = rewind_to(self.cache, prompt)
         known = len(prompt) - len(unread)
-        sampler = Sampler(self.model.config.vocab_size, self.sampling, self.seed)
+        sampler = Sampler(
+            self.model.config.vocab_size, self.sampling, self.seed, self.model.kernels
+        )
         sampler.observe(prompt[:known])
         self.statistics = Statistics(len(prompt), known)
         steps = self._steps(

@@ -28,6 +28,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of this mass")
     add("--min-p", type=float, metavar="P", help="least probability, relative to the likeliest")
     add("--repetition-penalty", type=float, metavar="R", help="1: none")
+    add("--presence-penalty", type=float, metavar="R", help="taken from what was answered; 0: none")
+    add("--frequency-penalty", type=float, metavar="R", help="the same, each time; 0: none")
     add("--seed", type=int, help="the same seed draws the same tokens")
 
 
@@ -80,7 +82,7 @@ class SelectedModel:
 def sampling_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampling:
     """The checkpoint's sampling with what the command line changes."""
     defaults = Sampling.of_checkpoint(checkpoint.generation_config)
-    given = {field.name: getattr(args, field.name) for field in fields(Sampling)}
+    given = {field.name: getattr(args, field.name, None) for field in fields(Sampling)}
     return replace(defaults, **{key: value for key, value in given.items() if value is not None})
 
 

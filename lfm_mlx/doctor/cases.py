@@ -16,6 +16,7 @@ from lfm_mlx.kernels.metal import OPERATIONS
 from lfm_mlx.kernels.projection import projection
 from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
 from lfm_mlx.kernels.router import norm_router
+from lfm_mlx.kernels.sample import RowSampling, Seen, sample
 from lfm_mlx.kernels.self_check import on_the_cpu
 from lfm_mlx.kernels.short_conv import short_conv
 
@@ -31,6 +32,11 @@ GATE_BITS = 8
 # Tokens of which the router's cases take those that it decides most clearly.
 CANDIDATES = 512
 POSITION = 100
+RECOMMENDED = RowSampling(0.2, 80, repetition_penalty=1.05, frequency_penalty=9.0)
+# Where the sizes leave out the head.
+SMALL_VOCAB = 4096
+# The number between 0 and 1 that a token is drawn by.
+DRAW = 0.25
 
 
 @dataclass(frozen=True)
@@ -267,10 +273,35 @@ def experts_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
             )
 
 
+def sample_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
+    """Greedy and as recommended; that every token costs makes a draw depend on the one before."""
+    ways = {"greedy": RowSampling(frequency_penalty=9.0), "recommended": RECOMMENDED}
+    vocab = sizes.vocab or SMALL_VOCAB
+    for part, row in ways.items():
+        for tokens in sizes.tokens:
+            inputs = {
+                "logits": draw.values(tokens, vocab, scale=3.0),
+                "row": row,
+                "counts": (draw.uniform(0, 1, tokens, vocab) < 0.01).astype(mx.uint16),
+                "last": mx.full((tokens,), -1, mx.int32),
+            }
+            yield Case("sample", part, "", tokens, draw.dtype, drawn, inputs, (0, "last"))
+
+
+def drawn(
+    logits: mx.array, row: RowSampling, counts: mx.array, last: mx.array, use_kernel: bool
+) -> Arrays:
+    """Tokens and log-probabilities of rows that are all drawn by one number."""
+    rows, numbers = [row] * logits.shape[0], [DRAW] * logits.shape[0]
+    found = sample(logits, rows, numbers, Seen(counts, last), use_kernel=use_kernel)
+    return found.tokens.view(mx.int32), found.logprobs
+
+
 MAKERS: dict[str, Callable[[Sizes, Draw], Iterator[Case]]] = {
     "short_conv": short_conv_cases,
     "norm_router": norm_router_cases,
     "qk_norm_rope": qk_norm_rope_cases,
     "projection": projection_cases,
     "experts": experts_cases,
+    "sample": sample_cases,
 }

@@ -103,6 +103,8 @@ def _insert(
     drawing: dict[str, Any] = {}
     # Without samplers of their own the rows share one argmax, which is the same and cheaper.
     if sampling.temperature > 0 or sampling.repetition_penalty != 1:
-        sampler = RowSampler(Sampler(model.config.vocab_size, sampling, seed), row.prompt)
+        sampler = RowSampler(
+            Sampler(model.config.vocab_size, sampling, seed, model.kernels), row.prompt
+        )
         drawing = {"samplers": [sampler.draw], "logits_processors": [[sampler.look]]}
     return generator.insert([list(row.prompt)], [row.max_tokens], **drawing)[0]

@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.cache.rewind import rewind
-from lfm_mlx.engine.sample import normalized
 from lfm_mlx.model import Model
 
 
@@ -33,7 +32,8 @@ def loglikelihood(
     """The log-probability that `answer` and the end of the turn follow `before`."""
     rewind(cache, len(before) - 1)
     tokens = mx.array([[before[-1], *answer]], mx.int32)
-    logprobs = normalized(model(tokens, cache)[0].astype(mx.float32))  # [1 + answer, V]
+    logits = model(tokens, cache)[0].astype(mx.float32)  # [1 + answer, V]
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     ends = mx.logsumexp(logprobs[-1, mx.array(sorted(stop_ids))])
     read = mx.take_along_axis(logprobs[:-1], tokens[0, 1:, None], axis=-1)
     total = (read.sum() + ends).item()

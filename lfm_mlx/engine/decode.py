@@ -81,7 +81,7 @@ def begin(
     """
     vocab_size = model.config.vocab_size
     check_prompt(prompt, vocab_size)
-    sampler = Sampler(vocab_size) if sampler is None else sampler
+    sampler = Sampler(vocab_size, kernels=model.kernels) if sampler is None else sampler
     cache = model.make_cache() if cache is None else cache
     check_cache(model.config, cache)
     room = room_for_answer(model.config, cached_tokens(cache) + len(prompt), max_tokens)

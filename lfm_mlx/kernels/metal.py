@@ -19,7 +19,7 @@ import mlx.core as mx
 from lfm_mlx.errors import InputError
 
 VARIABLE = "LFM_MLX_KERNELS"
-OPERATIONS = ("short_conv", "norm_router", "qk_norm_rope", "projection", "experts")
+OPERATIONS = ("short_conv", "norm_router", "qk_norm_rope", "projection", "experts", "sample")
 # The operations that may run their kernels.
 Kernels = frozenset[str]
 NO_KERNELS: Kernels = frozenset()

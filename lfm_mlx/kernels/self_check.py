@@ -21,6 +21,7 @@ from lfm_mlx.kernels.metal import Kernels
 from lfm_mlx.kernels.projection import projection
 from lfm_mlx.kernels.qk_norm_rope import qk_norm_rope
 from lfm_mlx.kernels.router import norm_router
+from lfm_mlx.kernels.sample import RowSampling, Seen, sample
 from lfm_mlx.kernels.short_conv import short_conv
 
 log = logging.getLogger("lfm_mlx")
@@ -131,10 +132,24 @@ def check_experts(use_kernel: bool) -> tuple[mx.array, ...]:
     return (experts(x, indices, weights, *projections, down, x, use_kernel=use_kernel),)
 
 
+def check_sample(use_kernel: bool) -> tuple[mx.array, ...]:
+    logits = 5 * waves(3, 300, seed=6.1)
+    seen = Seen((waves(3, 300, seed=2.7) > 0.5).astype(mx.uint16), mx.array([-1, 7, 11], mx.int32))
+    rows = (
+        RowSampling(),
+        RowSampling(0.8, top_k=20, repetition_penalty=1.1),
+        RowSampling(1.2, top_p=0.7, min_p=0.01, presence_penalty=0.5),
+    )
+    allowed = waves(3, 300, seed=4.9) > -0.8
+    drawn = sample(logits, rows, (0.0, 0.4, 0.8), seen, None, allowed, use_kernel=use_kernel)
+    return drawn.tokens, drawn.logprobs
+
+
 CHECKS: dict[str, Callable[[bool], tuple[mx.array, ...]]] = {
     "short_conv": check_short_conv,
     "norm_router": check_norm_router,
     "qk_norm_rope": check_qk_norm_rope,
     "projection": check_projection,
     "experts": check_experts,
+    "sample": check_sample,
 }

@@ -3,9 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import twins
 
-from lfm_mlx.engine.sample import GREEDY, Sampler, Sampling
+from lfm_mlx.engine.sample import GREEDY, Draws, Sampler, Sampling
 from lfm_mlx.errors import InputError
+from lfm_mlx.kernels import metal
 
 
 def draw_logits(seed: int, size: int = 50) -> np.ndarray:
@@ -118,8 +120,99 @@ def test_defaults_come_from_the_checkpoint(given: dict, expected: Sampling) -> N
 @pytest.mark.parametrize(
     ("name", "value"),
     [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 2.0),
-     ("repetition_penalty", 0.0)],
+     ("repetition_penalty", 0.0), ("presence_penalty", float("inf")),
+     ("frequency_penalty", float("nan"))],
 )  # fmt: skip
 def test_impossible_values_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} is {value}; expected"):
         Sampling(**{name: value})
+
+
+SETTINGS = [
+    Sampling(), Sampling(1.0, 0, repetition_penalty=1.0), GREEDY, Sampling(0.9, 40, 0.9, 0.02, 1.2),
+    Sampling(1.0, 0, 0.8, repetition_penalty=1.0, presence_penalty=0.4, frequency_penalty=0.2),
+    Sampling(0.0, 0, repetition_penalty=1.3, logit_bias={3: 4.0, 9: -np.inf}),
+]  # fmt: skip
+
+
+def test_rows_that_join_and_leave_draw_what_they_draw_alone() -> None:
+    """Each with its settings, seed, prompt, bias and masks, whoever is drawn beside it."""
+    rng = np.random.default_rng(3)
+    logits = mx.array(rng.normal(scale=3, size=(12, 50)).astype(np.float32))
+    masks = [None, mx.arange(50) % 2 == 0, mx.arange(50) < 30]
+    alone: list[list[int]] = []
+    for index, sampling in enumerate(SETTINGS):
+        sampler = Sampler(50, sampling, seed=index)
+        sampler.observe([index, 7])
+        steps = [(step, masks[(step + index) % 3]) for step in range(12)]
+        alone.append([int(sampler(logits[s : s + 1], mask)[0].item()) for s, mask in steps])
+    draws, running, found, age = Draws(50), [], [[] for _ in SETTINGS], [0] * len(SETTINGS)
+    for step in range(17):
+        if step < len(SETTINGS):
+            draws.add(SETTINGS[step], seed=step, read=[step, 7])
+            running.append(step)
+        if step == 5:
+            running = [4, 0, 2, 3, 5, 1]
+            draws.keep([4, 0, 2, 3, 5, 1])
+        rows = mx.stack([logits[age[row]] for row in running])
+        tokens, _ = draws(rows, [masks[(age[row] + row) % 3] for row in running])
+        for row, token in zip(running, tokens.tolist(), strict=True):
+            found[row].append(token)
+            age[row] += 1
+        left = [place for place, row in enumerate(running) if age[row] < 12]
+        if len(left) < len(running):
+            draws.keep(left)
+            running = [running[place] for place in left]
+    assert found == alone
+    assert draws.rows == []
+
+
+def test_presence_and_frequency_are_of_the_answer() -> None:
+    logits = mx.array([[2.0, 1.9, 1.5]])
+    read = Sampler(3, Sampling(0.0, 0, repetition_penalty=1.0, presence_penalty=9.0))
+    read.observe([0])
+    assert [int(read(logits)[0].item()) for _ in range(3)] == [0, 1, 2], "the prompt does not count"
+    often = Sampler(3, Sampling(0.0, 0, repetition_penalty=1.0, frequency_penalty=0.3))
+    # 2.0, 1.9, 1.5, less 0.3 for each time.
+    assert [int(often(logits)[0].item()) for _ in range(6)] == [0, 1, 0, 1, 2, 0]
+
+
+def test_a_bias_is_added_and_forbids() -> None:
+    logits = mx.array([[2.0, 1.0, 0.0]])
+    assert Sampler(3, Sampling(0.0, 0, logit_bias={2: 2.5}))(logits)[0].item() == 2
+    assert Sampler(3, Sampling(0.0, 0, logit_bias={0: -np.inf}))(logits)[0].item() == 1
+    for bias, told in (({3: 1.0}, "token 3; expected 0 to 2"), ({-1: 1.0}, "token -1")):
+        with pytest.raises(InputError, match=f"logit_bias has {told}"):
+            Sampler(3, Sampling(logit_bias=bias))
+    for value in (np.inf, np.nan):
+        with pytest.raises(InputError, match="expected a number below infinity"):
+            Sampling(logit_bias={1: value})
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_draws_at_several_positions_are_those_one_after_another(sampling: Sampling) -> None:
+    logits = mx.array(np.random.default_rng(4).normal(size=(6, 50)).astype(np.float32))
+    single, several = (Sampler(50, sampling, seed=5) for _ in range(2))
+    one_by_one = [int(single(logits[i : i + 1])[0].item()) for i in range(6)]
+    tokens, _ = several.each(logits)
+    assert tokens.tolist() == one_by_one
+    several.keep(2)
+    tokens, _ = several.each(logits[2:])
+    assert tokens.tolist() == one_by_one[2:]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_the_kernel_draws_the_same_tokens(sampling: Sampling) -> None:
+    logits = mx.array(np.random.default_rng(6).normal(scale=2, size=(9, 300)).astype(np.float32))
+
+    def answer() -> list[int]:
+        sampler = Sampler(300, sampling, seed=11)
+        sampler.observe([1, 2, 3])
+        return [int(sampler(logits[i : i + 1])[0].item()) for i in range(9)]
+
+    plain = answer()
+    with twins.kernels(checked=False):
+        assert answer() == plain
+        assert Draws(300).use_kernel() is None
+        assert Draws(300, frozenset({"experts"})).use_kernel() is False
+    assert Draws(300).use_kernel() is (None if metal.available() else False)
