@@ -4,9 +4,13 @@ mlx-lm's cache classes store them. Ours grow by a sixteenth of what there is, so
 is not copied again at every chunk, and refuse to be trimmed by less than nothing.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import mlx.core as mx
+from mlx.utils import tree_map
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from lfm_mlx.cache.protocols import Cache
@@ -17,11 +21,19 @@ from lfm_mlx.errors import InputError
 BITS = (8, 4)
 GROUP_SIZES = (64, 32)
 
+Entry = TypeVar("Entry", bound="ChunkedGrowth")
+
 
 class ChunkedGrowth:
-    """What our classes have before mlx-lm's. `step`: by how many tokens those grow."""
+    """Mixin in front of mlx-lm's cache classes.
+
+    Buffers grow by a sixteenth (`step` tokens), a negative trim is refused, and a prefix can be
+    copied.
+    """
 
     offset: int
+    keys: Any
+    values: Any
 
     @property
     def step(self) -> int:
@@ -33,6 +45,23 @@ class ChunkedGrowth:
         n = min(n, self.offset)
         self.offset -= n
         return n
+
+    def beginning(self: Entry, length: int) -> Entry:
+        """A copy of the first `length` tokens, with room to grow into; this entry stays."""
+        new = copy.copy(self)
+        new.offset = length
+        room = new.step - length % new.step
+        new.keys, new.values = tree_map(
+            lambda part: mx.concatenate(
+                [
+                    part[..., :length, :],
+                    mx.zeros((*part.shape[:-2], room, part.shape[-1]), part.dtype),
+                ],
+                axis=-2,
+            ),
+            (self.keys, self.values),
+        )
+        return new
 
 
 class GrowingQuantizedKVCache(ChunkedGrowth, QuantizedKVCache):  # pyright: ignore[reportIncompatibleVariableOverride]

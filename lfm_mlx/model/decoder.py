@@ -139,7 +139,7 @@ class Model(nn.Module):
             returns [B, L, V]
         """
         if cache is not None:
-            restore_windows(cache, self.config.conv_memory, self._replay)
+            self.restore(cache)
             log_tokens(cache, tokens if input_embeddings is None else None)
         kernels = self.running_kernels()
         plain = input_embeddings is None and self.compiles()
@@ -171,6 +171,10 @@ class Model(nn.Module):
         if self.compiled is None or not self.compiled.suits(self, kernels):
             self.compiled = CompiledStep(self, kernels)
         return self.compiled
+
+    def restore(self, cache: Sequence[LayerCache]) -> None:
+        """Rebuild the windows that a rewind left stale; the next pass would do it first."""
+        restore_windows(cache, self.config.conv_memory, self._replay)
 
     def _replay(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
         h = self.model.embed_tokens(tokens)

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from lfm_mlx.cache.joined import RowsKeysValues
 from lfm_mlx.cache.protocols import KeysValues, Mask, Stored
 from lfm_mlx.kernels import metal
 
@@ -35,9 +36,13 @@ def attend(
     However long they are, scores and copies take no more than a few tiles.
 
     Shapes:
-        queries: [B, H, L, Dh] · keys, values: [B, Hkv, S, Dh] or their quantized triples
+        queries: [B, H, L, Dh] · keys, values: [B, Hkv, S, Dh] or their quantized triples; of
+            rows with entries of their own a list of these, with B = 1
         returns [B, H, L, Dh]
     """
+    if isinstance(cache, RowsKeysValues):
+        rows = enumerate(zip(keys, values, cache.entries, strict=True))
+        return mx.concatenate([attend(queries[i : i + 1], *row, mask, scale) for i, row in rows])
     batch, heads, length, _ = queries.shape
     packed = not isinstance(keys, mx.array)
     stored = (keys if isinstance(keys, mx.array) else keys[0]).shape[2]

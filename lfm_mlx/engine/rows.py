@@ -1,0 +1,355 @@
+"""Sequences that are decoded together, one more token each a step; each as if it were alone.
+
+Every row has its own cache, sampler, constraint and end. The next step is handed to the device
+before the tokens of the one before it are read, as in `decode`; so between two steps a row's cache
+holds the prompt and every token that was told, and one more token is on its way. What goes wrong
+with one row ends that row alone. A single row may draft by prompt lookup.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from lfm_mlx.cache.cache import stored_bytes, whole_step
+from lfm_mlx.cache.joined import JoinedCache
+from lfm_mlx.cache.keys_values import KVQuantization, quantize_cache
+from lfm_mlx.engine.decode import CLEAR_EVERY, LARGE_BYTES
+from lfm_mlx.engine.job import Job, Prefix
+from lfm_mlx.engine.lookup import PromptLookup
+from lfm_mlx.engine.sample import Sampler
+from lfm_mlx.engine.speculate import Speculation
+from lfm_mlx.errors import InputError, one_line
+from lfm_mlx.model import Model
+
+NO_PREFIX = Prefix()
+# Tokens that enter a lone row's index a step until it has them all.
+INDEXED_TOGETHER = 4096
+
+
+@dataclass(eq=False)
+class Row:
+    """A job under way.
+
+    tokens: the prompt and what was drawn and told
+    left: tokens that may still be told
+    arrived: when it was asked for
+    read: how many of `tokens` the cache holds
+    finish_reason, error: as in `Ended`, once it is over
+    """
+
+    number: int
+    job: Job
+    left: int
+    arrived: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    cache: list[Any] = field(default_factory=list)
+    sampler: Sampler | None = None
+    prefix: Prefix = NO_PREFIX
+    read: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+    speculation: Speculation | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.job.prompt)
+
+    @property
+    def unread(self) -> int:
+        """Tokens to read before its first step, which reads the last one."""
+        return len(self.tokens) - 1 - self.read
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.job.prompt)
+
+    def known(self) -> np.ndarray:
+        """The tokens that its cache holds, int32."""
+        return np.array(self.tokens[: self.read], np.int32)
+
+    def fail(self, error: BaseException) -> None:
+        self.finish_reason = "error"
+        named = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        self.error = named + one_line(error)
+
+    def take(self, token: int) -> None:
+        """Tell a token that was drawn; afterwards the constraint knows it."""
+        self.tokens.append(token)
+        self.left -= 1
+        if token in self.job.stop_ids:
+            self.finish_reason = "stop"
+        elif self.left == 0:
+            self.finish_reason = "length"
+        elif self.job.constraint is not None:
+            try:
+                self.job.constraint.advance(token)
+            except Exception as error:  # whatever goes wrong in it, other rows go on
+                self.fail(error)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A token of a row; `top` as in `Token`."""
+
+    row: Row
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What was drawn for some rows, still lazy.
+
+    places: where each row's numbers are in `tokens` and `logprobs` [B]
+    tops: ids and log-probabilities, [n] each, of the rows that asked for them
+    """
+
+    rows: list[Row]
+    places: list[int]
+    tokens: mx.array
+    logprobs: mx.array
+    tops: dict[Row, tuple[mx.array, mx.array]] = field(default_factory=dict)
+
+    def of(self, rows: Collection[Row]) -> "Drawing":
+        """The part for these of its rows."""
+        kept = [pair for pair in zip(self.rows, self.places, strict=True) if pair[0] in rows]
+        return Drawing(
+            [row for row, _ in kept], [place for _, place in kept],
+            self.tokens, self.logprobs, self.tops,
+        )  # fmt: skip
+
+    def in_order(self) -> mx.array:
+        """Its rows' tokens, [B]."""
+        if self.places == list(range(self.tokens.size)):
+            return self.tokens
+        return self.tokens[mx.array(self.places, mx.int32)]
+
+    def take(self) -> list[Taken]:
+        """Wait for the numbers, and tell them to the rows that are not over."""
+        rows = [(r, p) for r, p in zip(self.rows, self.places, strict=True) if not r.finish_reason]
+        tokens, logprobs = np.array(self.tokens).tolist(), np.array(self.logprobs).tolist()
+        taken = []
+        for row, place in rows:
+            row.take(tokens[place])
+            top = in_order(*self.tops[row]) if row in self.tops else ()
+            taken.append(Taken(row, tokens[place], logprobs[place], top))
+        return taken
+
+
+class Rows:
+    """The rows that decode.
+
+    rows: those of the last step, in the order of the joined cache
+    joining: those of the next step beside them
+    """
+
+    def __init__(
+        self, model: Model, *,
+        kv_quantization: KVQuantization | None = None, longest_draft: int | None = None,
+    ):  # fmt: skip
+        self.model, self.kv_quantization = model, kv_quantization
+        self.longest_draft = longest_draft
+        self.rows: list[Row] = []
+        self.joining: list[Row] = []
+        self._joined = JoinedCache()
+        self._pending: Drawing | None = None  # of all `rows`
+        self._steps = 0
+        self._large = False  # keys and values, for which see decode.py
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.joining)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter([*self.rows, *self.joining])
+
+    def join(self, row: Row) -> None:
+        """Let a row, whose prompt is read up to its last token, take part from the next step on."""
+        self.model.restore(row.cache)
+        self.joining.append(row)
+
+    def leave(self, row: Row, *, take: bool = False) -> list[Taken]:
+        """Take a row out; its cache holds what it has been told.
+
+        take: tell it the token that is on its way first, which its cache will lack
+        """
+        if row in self.joining:
+            self.joining.remove(row)
+            return []
+        assert self._pending is not None, "rows that have made a step have a token on its way"
+        taken = self._pending.of([row]).take() if take else []
+        self._part([row])
+        return taken
+
+    def _part(self, leaving: Collection[Row]) -> None:
+        places = [place for place, row in enumerate(self.rows) if row in leaving]
+        if not places:
+            return
+        self._joined.change(places)
+        self.rows = [row for row in self.rows if row not in leaving]
+        if self._pending is not None:
+            self._pending = self._pending.of(self.rows)
+        for row in leaving:
+            row.speculation = None
+
+    def step(self) -> list[Taken]:
+        """One more token for each row: what the step before this one has drawn.
+
+        Rows that are over afterwards have left. A draft may bring a lone row several.
+        """
+        before, going = self._pending, [row for row in self.rows if row.left > 1]
+        leaving = [place for place, row in enumerate(self.rows) if row.left <= 1]
+        joining, self.joining = self.joining, []
+        tokens = [] if before is None or not going else [before.of(going).in_order()]
+        tokens += [mx.array([row.tokens[-1] for row in joining])] if joining else []
+        if leaving or joining:
+            self._joined.change(leaving, [row.cache for row in joining])
+        self.rows, self._pending = [*going, *joining], None
+        if len(going) == 1 and not joining and self._drafts(going[0]):
+            assert before is not None, "a row that goes on has a token on its way"
+            taken = before.of([row for row in before.rows if row not in going]).take()
+            try:
+                taken += self._lone_step(before.of(going))
+            except Exception as error:  # as with several rows, it is over and the engine goes on
+                going[0].fail(error)
+        elif self.rows:
+            taken = self._common_step(mx.concatenate(tokens), before)
+        else:
+            taken = [] if before is None else before.take()
+        self._part([row for row in self.rows if row.finish_reason])
+        self._tidy(changed=bool(leaving or joining))
+        return taken
+
+    def _tidy(self, changed: bool) -> None:
+        self._steps += 1
+        if changed or self._steps % CLEAR_EVERY == 1:
+            self._large = sum(stored_bytes(row.cache) for row in self.rows) > LARGE_BYTES
+        if self._steps % CLEAR_EVERY == 0:
+            mx.clear_cache()
+
+    def _common_step(self, tokens: mx.array, before: Drawing | None) -> list[Taken]:
+        """Read `tokens` [B], draw what follows them, and tell what `before` has."""
+        logits = self._read(tokens)
+        taken = None
+        if self._large:
+            mx.eval(tokens)
+        if logits is not None and any(row.job.constraint for row in self.rows):
+            # They make their masks while the device reads the tokens they are told.
+            mx.async_eval(logits)
+            taken = [] if before is None else before.take()
+        if logits is not None:
+            self._pending = draw(self.rows, logits)
+            mx.async_eval(self._pending.tokens, self._pending.logprobs, self._pending.tops)
+        return taken if taken is not None else [] if before is None else before.take()
+
+    def _read(self, tokens: mx.array) -> mx.array | None:
+        """Logits [B, V] of the rows after `tokens` [B]; None if none is left.
+
+        If something goes wrong each row is read alone, and those with which it goes wrong are over.
+        """
+        try:
+            for row in self.rows:
+                quantize_cache(row.cache, self.kv_quantization)
+            with self._joined.whole_step():
+                logits = self.model(tokens[:, None], self._joined.layers)[:, -1]
+        except Exception:
+            logits = self._read_alone(tokens)
+        for row in self.rows:
+            row.read += 1
+        return logits
+
+    def _read_alone(self, tokens: mx.array) -> mx.array | None:
+        self._joined.change(range(len(self.rows)))
+        found, rows = [], []
+        for place, row in enumerate(self.rows):
+            try:
+                with whole_step(row.cache):
+                    logits = self.model(tokens[place : place + 1, None], row.cache)[:, -1]
+                    mx.eval(logits)
+            except Exception as error:  # whatever it is, other rows go on
+                row.fail(error)
+            else:
+                found.append(logits)
+                rows.append(row)
+        self._joined.change([], [row.cache for row in rows])
+        self.rows = rows
+        return mx.concatenate(found) if found else None
+
+    def _drafts(self, row: Row) -> bool:
+        """Whether what follows is drafted; free text only, and never more than was asked."""
+        free = row.job.constraint is None and not row.job.top_logprobs
+        return self.longest_draft is not None and free
+
+    def _lone_step(self, before: Drawing) -> list[Taken]:
+        """`_common_step` of one row, with a draft of what follows its token read behind it."""
+        row, token = before.rows[0], before.in_order()
+        speculation = self._speculation(row)
+        indexed = speculation.lookup.text.tokens
+        ready = len(indexed) == len(row.tokens)
+        draft, waited = speculation.draft(token, row.left) if ready else ([], False)
+        done = speculation.read(token, draft)
+        taken = before.take()
+        if not waited:
+            speculation.lookup.text.extend(row.tokens[len(indexed) :][:INDEXED_TOGETHER])
+        accepted = speculation.verify(done)
+        for place in range(accepted):
+            drafted, logprob = done.draft[place], done.logprobs[place].item()
+            row.take(drafted)
+            speculation.lookup.text.append(drafted)
+            taken.append(Taken(row, drafted, float(logprob)))  # pyright: ignore[reportArgumentType]
+        row.read += 1 + accepted
+        self._pending = Drawing([row], [accepted], done.tokens, done.logprobs)
+        return taken
+
+    def _speculation(self, row: Row) -> Speculation:
+        if row.speculation is None:
+            assert self.longest_draft is not None, "drafts are wanted"
+            assert row.sampler is not None, "a row that decodes has a sampler"
+            lookup = PromptLookup(self.longest_draft)
+            row.speculation = Speculation(
+                self.model, row.cache, row.sampler, lookup, row.job.stop_ids, self.kv_quantization
+            )
+        return row.speculation
+
+
+def draw(rows: Sequence[Row], logits: mx.array) -> Drawing:
+    """The next token of each row from logits [B, V]; a row whose constraint fails is over."""
+    tokens, logprobs, tops = [], [], {}
+    for place, row in enumerate(rows):
+        assert row.sampler is not None, "a row that decodes has a sampler"
+        own = logits[place : place + 1]
+        token, logprob = row.sampler(own, allowed(row))
+        tokens.append(token)
+        logprobs.append(logprob)
+        if row.job.top_logprobs:
+            tops[row] = likeliest(own[0], row.job.top_logprobs)
+    return Drawing(
+        list(rows), list(range(len(rows))), mx.concatenate(tokens), mx.concatenate(logprobs), tops
+    )
+
+
+def allowed(row: Row) -> mx.array | None:
+    """The tokens among which to draw, [V] bool; None for all."""
+    if row.job.constraint is None or row.finish_reason:
+        return None
+    try:
+        return row.job.constraint.allowed()
+    except Exception as error:  # whatever goes wrong in it, other rows go on
+        row.fail(error)
+        return None
+
+
+def likeliest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """Ids and log-probabilities [count] of the likeliest tokens by logits [V], in any order."""
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits)
+    ids = mx.argpartition(-logprobs, count)[:count]
+    return ids, logprobs[ids]
+
+
+def in_order(ids: mx.array, logprobs: mx.array) -> tuple[tuple[int, float], ...]:
+    """The likeliest first; of equal ones the lower id."""
+    pairs = zip(np.array(ids).tolist(), np.array(logprobs).tolist(), strict=True)
+    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
