@@ -25,13 +25,15 @@ from lfm_mlx.checkpoint.folder import ITEMSIZE, TensorInfo
 from lfm_mlx.checkpoint.hub import resolve
 from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe, packable
 from lfm_mlx.checkpoint.writer import ShardWriter, copy_kept, is_checkpoint
-from lfm_mlx.cli.command import Parser, run
+from lfm_mlx.cli.command import DONE, Parser, run
 from lfm_mlx.errors import InputError
 from lfm_mlx.files import atomic_folder, free_bytes, require_vacant, write_json
 from lfm_mlx.load import DTYPES, as_dtype, open_checkpoint
 from lfm_mlx.model import Model
 
 FLOATS = DTYPES.values()
+# The exit code of a conversion that stored a NaN or an infinity.
+NOT_FINITE = 3
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Report:
     """What a conversion made.
 
     floating: matrices left floating because of their width
-    noted: tensors that keep their dtype, as the one asked for cannot hold them, or hold NaN
+    noted: why parameters hold a NaN or an infinity; the folder is of no use then
     """
 
     bits_per_weight: float
@@ -53,6 +55,7 @@ def convert(
     source: str | Path,
     out: str | Path,
     *,
+    revision: str | None = None,
     recipe: Recipe | None = None,
     dtype: str | None = None,
     force: bool = False,
@@ -61,6 +64,7 @@ def convert(
 ) -> Report:
     """Convert the checkpoint `source` (folder, hub name or `demo`) into the folder `out`.
 
+    revision: of a hub's name
     recipe: how matrices are packed; None leaves all floating
     dtype: of what stays floating; None keeps the checkpoint's. Expert biases stay float32.
 
@@ -69,7 +73,7 @@ def convert(
     """
     began = time.perf_counter()
     require_vacant(Path(out), force=force, replaceable=is_checkpoint)  # before a long download
-    folder = resolve(source)
+    folder = resolve(source, revision=revision)
     checkpoint, config = open_checkpoint(folder)
     if config.quantization is not None:
         raise InputError(f"{source}: is quantized already; convert the original checkpoint instead")
@@ -107,7 +111,7 @@ class Job:
     """What is made of the checkpoint's tensors.
 
     packings: by name, of parameters to be packed
-    noted: collects what is to be said of tensors
+    check: raise for a parameter that is not finite; else it is noted in `noted`
     """
 
     parameters: list[weights.Parameter]
@@ -125,25 +129,28 @@ class Job:
         streams = [mx.new_stream(mx.cpu) for _ in range(2)] if on_cpu else [None]
         waiting: dict[str, mx.array] = {}
         for parameter, parts in weights.build_each(self.parameters, arrays, progress):
-            numbers = [mx.isfinite(part).all() for part in parts if part.dtype in FLOATS]
-            coming = self.pieces(parameter, parts, streams)
-            del parts
+            kept = [weights.cast(parameter.name, part, self.dtype) for part in parts]
+            numbers = [mx.isfinite(part).all() for part in kept if part.dtype in FLOATS]
+            coming = self.pieces(parameter, kept, streams)
+            # To tell a cast that overflows from a fault of the source.
+            before = parts if kept[0].dtype != parts[0].dtype else []
+            dtype = kept[0].dtype
+            del parts, kept
             mx.async_eval(numbers, list(coming.values()))
             mx.eval(list(waiting.values()))
             yield from waiting.items()
-            self.require_numbers(parameter.name, numbers)
+            if not all(finite.item() for finite in numbers):
+                self.note(weights.not_numbers(parameter.name, before, dtype))
+            del before
             waiting = coming
         mx.eval(list(waiting.values()))
         yield from waiting.items()
 
-    def require_numbers(self, name: str, numbers: list[mx.array]) -> None:
-        """Note a parameter with a NaN or an infinity, or raise InputError if `check` is set."""
-        if all(finite.item() for finite in numbers):
-            return
-        said = f"weights with NaN or infinity: {name}; {weights.HEAL}"
+    def note(self, fault: str) -> None:
+        """Note what is wrong with a parameter, or raise InputError if `check` is set."""
         if self.check:
-            raise InputError(said)
-        self.noted.append(said)
+            raise InputError(fault)
+        self.noted.append(fault)
 
     def pieces(
         self,
@@ -157,7 +164,6 @@ class Job:
         reading of one goes on while another is packed, and no stack of floats takes memory.
         """
         name, packing = parameter.name, self.packings.get(parameter.name)
-        parts = [self.cast(name, part) for part in parts]
         if packing is None:
             return {name: parameter.join(parts)}
         packed = [
@@ -165,14 +171,6 @@ class Job:
         ]
         stem = name.removesuffix("weight")
         return {stem + key: parameter.join([piece[key] for piece in packed]) for key in packed[0]}
-
-    def cast(self, name: str, part: mx.array) -> mx.array:
-        """The part in the dtype asked for, or as it is, and noted, if that cannot hold it."""
-        try:
-            return weights.cast_checked(name, part, self.dtype)
-        except weights.BeyondDtypeError as error:
-            self.noted.append(f"left in its own dtype: {error}")
-            return part
 
     def nbytes(self, expected: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> int:
         """What the stored tensors will take."""
@@ -229,6 +227,7 @@ def converted_config(
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lfm_mlx.convert", description="Make an MLX folder of a checkpoint.")
     parser.add_argument("--model", required=True, help="folder, hub name, or demo")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
     parser.add_argument("--out", required=True, help="the folder to make")
     parser.add_argument("--bits", type=int, help="quantize to this many bits: 2, 3, 4, 5, 6 or 8")
     parser.add_argument("--group-size", type=int, help="elements that share a scale")
@@ -246,11 +245,11 @@ def recipe_of(args: argparse.Namespace) -> Recipe | None:
     return Recipe(Quantization.of(args.mode or "affine", args.bits, args.group_size))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     report = convert(
-        args.model, args.out, recipe=recipe_of(args), dtype=args.dtype, force=args.force,
-        check=args.check, show_progress=True,
+        args.model, args.out, revision=args.revision, recipe=recipe_of(args), dtype=args.dtype,
+        force=args.force, check=args.check, show_progress=True,
     )  # fmt: skip
     for path in report.floating:
         print(f"left floating, its width is no multiple of the group size: {path}", file=sys.stderr)
@@ -260,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.out}: {report.bits_per_weight:.3f} bits per weight, {report.nbytes / 1e9:.3f} GB, "
         f"{report.seconds:.1f} s"
     )
+    return NOT_FINITE if report.noted else DONE
 
 
 def command() -> int:

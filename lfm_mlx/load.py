@@ -33,11 +33,13 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def load(
-    path_or_repo: str | Path, *, dtype: str | mx.Dtype | None = None, check: bool = False,
+    path_or_repo: str | Path, *, revision: str | None = None,
+    dtype: str | mx.Dtype | None = None, check: bool = False,
     use_kernels: UseKernels = None, progress: weights.Progress = iter,
 ) -> tuple[Model, Tokenizer]:  # fmt: skip
     """The model and its tokenizer, from a folder, a hub name, or `demo`.
 
+    revision: a hub repository's branch, tag or commit; `user/name@revision` says the same
     dtype: of activations and floating weights; None keeps the checkpoint's on a GPU and is float32
         on the CPU, where MLX computes half precision many times slower
     check: read every weight for NaN and infinity first
@@ -47,7 +49,7 @@ def load(
 
     Raises InputError for whatever is wrong with the name or the folder.
     """
-    folder = resolve(path_or_repo)
+    folder = resolve(path_or_repo, revision=revision)
     model = load_model(folder, dtype=dtype, check=check, use_kernels=use_kernels, progress=progress)
     return model, load_tokenizer(folder)
 

@@ -34,6 +34,7 @@ from lfm_mlx.checkpoint.hub import DEMO, resolve
 from lfm_mlx.cli.command import BAD_INPUT, DONE, run
 from lfm_mlx.config import Config
 from lfm_mlx.errors import InputError, one_line
+from lfm_mlx.files import read_json
 from lfm_mlx.model import Model
 from lfm_mlx.model.experts import SparseFeedForward
 
@@ -254,26 +255,27 @@ def model_name(model: str) -> str:
     Raises InputError where it names no checkpoint, or one of this family that cannot be run: the
     server would log a traceback and go on without a model.
     """
-    folder = resolve(model)
+    folder = resolve(model, judge=require_known)
+    require_known(folder)
     checkpoint = Checkpoint(folder)
     if checkpoint.config.get("model_type") in MODEL_TYPES:
-        Config.from_dict(checkpoint.config)
         _ = checkpoint.tensors
-    else:
-        require_known(checkpoint)
-    local = model == DEMO or Path(model).expanduser().is_dir()
-    return str(folder) if local else model
+    # mlx-lm knows no revisions: it is given the folder of one.
+    plain = model != DEMO and not Path(model).expanduser().is_dir() and "@" not in model
+    return model if plain else str(folder)
 
 
-def require_known(checkpoint: Checkpoint) -> None:
-    """Raise InputError unless mlx-lm has the model's type."""
+def require_known(folder: Path, _: int = 0) -> None:
+    """Raise InputError unless the model is ours to run, or of another type that mlx-lm has."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind in MODEL_TYPES:
+        Config.from_dict(config)
+        return
     try:
-        utils._get_classes(checkpoint.config)
+        utils._get_classes(config)
     except (KeyError, ValueError) as error:
-        kind = checkpoint.config.get("model_type")
-        raise InputError(
-            f"{checkpoint.folder}: model_type is {kind!r}, which mlx-lm lacks"
-        ) from error
+        raise InputError(f"{folder}: model_type is {kind!r}, which mlx-lm lacks") from error
 
 
 def command() -> int:

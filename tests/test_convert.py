@@ -516,23 +516,22 @@ def test_interrupted_from_outside(tmp_path: Path, sources: dict[str, Path]) -> N
         "model.layers.1.feed_forward.experts.2.w1.weight",
     ],
 )
-def test_what_float16_cannot_hold_keeps_its_dtype_and_is_said(
+def test_what_float16_cannot_hold_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: Recipe | None, name: str
 ) -> None:
     source = write_folder(tmp_path / "hub")
     change_tensors(source, lambda tensors: tensors.update({name: tensors[name] * 1e7}))
     bits = [] if recipe is None else ["--bits", "4"]
     line = ["--model", str(source), "--out", str(tmp_path / "out"), "--dtype", "float16", *bits]
-    convert_module.main(line)
+    assert convert_module.main(line) == 3
     said = capsys.readouterr().err
-    assert said.startswith("left in its own dtype: ")
-    assert " is beyond float16, which ends at 65504; take another dtype" in said
-    stored = stored_tensors(tmp_path / "out")
-    floats = [a for a in stored.values() if mx.issubdtype(a.dtype, mx.floating)]
-    assert all(mx.isfinite(array).all().item() for array in floats)
-    assert {array.dtype for array in floats} == {mx.float16, mx.float32}
+    assert said.count("\n") == 1
+    assert " is beyond float16, which ends at 65504; take another dtype: bfloat16" in said
+    checked = refused(source, tmp_path / "checked", dtype="float16", recipe=recipe, check=True)
+    assert said == f"{checked}\n"
     with pytest.raises(InputError, match="is beyond float16"):
         load_model(source, dtype="float16")
+    assert convert_module.main([*line, "--force", "--dtype", "bfloat16"]) == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

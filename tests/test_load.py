@@ -280,7 +280,7 @@ def test_check_names_bad_weights(tmp_path: Path, value: float) -> None:
         load_model(folder, check=True)
     assert one_line(caught) == (
         "weights with NaN or infinity: model.layers.2.feed_forward.switch_mlp.gate_proj.weight, "
-        f"{NORM}; download them again"
+        f"{NORM}; download or convert them again"
     )
 
 

@@ -638,8 +638,8 @@ def test_the_demo_answers_by_its_name(capsys: pytest.CaptureFixture[str]) -> Non
     ("arguments", "said"),
     [
         (["bake"], "subcommand"),
-        (["generate", "--model", "/nowhere"], "/nowhere: not a checkpoint folder"),
-        (["server", "--model=/nowhere"], "/nowhere: not a checkpoint folder"),
+        (["generate", "--model", "/nowhere"], "/nowhere: no such folder"),
+        (["server", "--model=/nowhere"], "/nowhere: no such folder"),
         (["generate", "--model", "demo", "--adapter-path", "/nowhere"], "/nowhere"),
         (["convert", "--model", "demo", "--mlx-path", "/tmp"], "already exists"),
     ],

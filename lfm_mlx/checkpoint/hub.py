@@ -1,17 +1,19 @@
 """Where a model comes from: `demo`, a local folder, or a repository of the hub.
 
-A repository is downloaded once, with the files a model needs and no others; without a network what
-the cache has is used.
+A repository is downloaded once, with the files a model needs and no others: its small files first,
+which are judged before its weights are fetched. Without a network, or with a cache that cannot be
+written, what the cache has is used.
 """
 
 import contextlib
 import errno
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import (
+    DryRunError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -22,86 +24,153 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from lfm_mlx.checkpoint.folder import INDEX_FILE, listing
+from lfm_mlx.checkpoint.names import DEMO, QUANTIZED, HubName, hub_name, nearest
+from lfm_mlx.config import Config
 from lfm_mlx.errors import InputError, one_line
-from lfm_mlx.files import no_room
+from lfm_mlx.files import free_bytes, no_room, read_json
 
-DEMO = "demo"
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+# What a model cannot do without, if its repository has it.
+ESSENTIAL = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+             "*.jinja", INDEX_FILE]  # fmt: skip
 # What loading or converting a model takes from its repository, and what redistributing it adds.
-LOADED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-DOWNLOADED = [*LOADED, "LICENSE*", "NOTICE*", "README.md"]
+SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "NOTICE*", "README.md"]
+
+# Given the folder of the small files and the bytes of the weights; raises InputError to stop.
+Judge = Callable[[Path, int], object]
+
+
+def judge_config(folder: Path, _: int) -> None:
+    """Raise InputError unless config.json is one of this family."""
+    Config.from_folder(folder)
 
 
 def resolve(
     model: str | Path, *, revision: str | None = None, weights: bool = True,
-    cache: Path | None = None,
+    cache: Path | None = None, judge: Judge = judge_config,
 ) -> Path:  # fmt: skip
     """The folder that `model` names: `demo`, a local folder, or a hub repository (user/name).
 
     A repository is downloaded into the hub's cache; files that are there already are not fetched
     again, and without a network the cached files are used. Raises InputError in every other case.
 
+    revision: a repository's branch, tag or commit; `user/name@revision` says the same
     weights: False leaves them out of what is downloaded
     cache: where to download to, instead of the hub's cache
+    judge: looks at the small files before the weights are downloaded
     """
-    if str(model) == DEMO:
-        return DEMO_FOLDER
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    name = str(model)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if str(model) == DEMO or path.is_dir():
+        if revision is not None:
+            raise InputError(f"{model}: has no revisions; revision belongs to a hub name")
+        return DEMO_FOLDER if str(model) == DEMO else path
+    name = hub_name(str(model), revision)
+    folder = _download(name, SMALL, ESSENTIAL, cache)
+    if not (folder / "config.json").exists():
+        raise InputError(f"{name.repository}: {_what_else(name)}")
+    if not weights:
+        return folder
+    # The commit, so that both downloads are of one state of the repository.
+    commit = HubName(name.repository, folder.name)
+    files = _weight_files(folder)
+    judge(folder, _require_disk(commit, files, folder, cache))
+    return _download(commit, files, files, cache)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The files that the index names, or the pattern of all if there is none."""
+    index = folder / INDEX_FILE
+    weight_map = read_json(index).get("weight_map") if index.exists() else None
+    named = weight_map.values() if isinstance(weight_map, dict) else ()
+    return sorted({file for file in named if isinstance(file, str)}) or ["*.safetensors"]
+
+
+def _require_disk(name: HubName, files: list[str], folder: Path, cache: Path | None) -> int:
+    """The bytes of these files. Raises InputError if those to download exceed the disk."""
+    try:
+        found = huggingface_hub.snapshot_download(
+            name.repository, revision=name.revision, allow_patterns=files,
+            ignore_patterns=["*/*"], cache_dir=cache, dry_run=True,
+        )  # fmt: skip
+    except (OSError, HTTPError, ValueError, DryRunError):
+        return 0  # no network, or a cache that cannot be written: the download says so
+    coming = sum(file.file_size or 0 for file in found if file.will_download)
+    there = free_bytes(folder)
+    if coming > there:
         raise InputError(
-            f"{name}: not a checkpoint folder; expected a folder, a hub name like "
-            f"LiquidAI/LFM2.5-8B-A1B, or {DEMO!r}"
+            f"{name.repository}: {coming / 1e9:.1f} GB will be downloaded and {there / 1e9:.1f} GB "
+            "are free; free some disk space, or set HF_HOME to another disk"
         )
-    patterns = [p for p in DOWNLOADED if weights or p != "*.safetensors"]
-    return _download(name, revision, patterns, cache)
+    return sum(file.file_size or 0 for file in found)
 
 
-def _download(name: str, revision: str | None, patterns: list[str], cache: Path | None) -> Path:
+def _what_else(name: HubName) -> str:
+    """What a repository without config.json at its top has, and what to do."""
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(name.repository, revision=name.revision)
+    except (OSError, HTTPError, ValueError):
+        files = []
+    folders = sorted(file.rsplit("/", 1)[0] for file in files if file.endswith("/config.json"))
+    if folders:
+        return (
+            f"its models are in sub-folders ({listing(folders)}), which have no name here; "
+            "download one of them and give the folder"
+        )
+    if any(file.endswith(".gguf") for file in files):
+        return f"its weights are GGUF files, which are not read; take safetensors: {QUANTIZED}"
+    return "the repository has no config.json; expected one with config.json and .safetensors files"
+
+
+def _download(name: HubName, patterns: list[str], needed: list[str], cache: Path | None) -> Path:
+    """The snapshot with the files of `patterns`; those of `needed` do if no more can be had."""
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()
+    repository = name.repository
     try:
-        return _snapshot(name, revision, patterns, cache)
+        return _snapshot(name, patterns, cache)
     except LocalEntryNotFoundError as error:
         # No network. mlx-lm, for one, leaves out the licence: what a model needs may be there.
         with contextlib.suppress(LocalEntryNotFoundError):
-            loaded = [pattern for pattern in patterns if pattern in LOADED]
-            return _snapshot(name, revision, loaded, cache, local_files_only=True)
-        raise InputError(f"{name}: {_why_not_here(error)}") from error
+            return _snapshot(name, needed, cache, local_files_only=True)
+        raise InputError(f"{repository}: {_why_not_here(error)}") from error
     except GatedRepoError as error:
         raise InputError(
-            f"{name}: access must be asked for on its hub page, then `hf auth login`"
+            f"{repository}: access must be asked for on its hub page, then `hf auth login`"
         ) from error
     except RevisionNotFoundError as error:
-        raise InputError(f"{name}: has no revision {revision or 'main'!r}") from error
+        raise InputError(f"{repository}: has no revision {name.revision or 'main'!r}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
+        known = nearest(repository)
+        known = "" if f" {repository}?" in known else known
         raise InputError(
-            f"{name}: no such folder here, and no such repository on the hub "
-            "(a private one needs `hf auth login`)"
+            f"{repository}: no such folder here, and no such repository on the hub "
+            f"(a private one needs `hf auth login`){known}"
         ) from error
     except HfHubHTTPError as error:
-        raise InputError(f"{name}: {_refusal(error)}") from error
+        raise InputError(f"{repository}: {_refusal(error)}") from error
     except (HTTPError, RuntimeError, OSError) as error:  # hf_xet raises bare RuntimeError
+        if isinstance(error, OSError) and error.errno in READ_ONLY:
+            with contextlib.suppress(LocalEntryNotFoundError):
+                return _snapshot(name, needed, cache, local_files_only=True)
         if "No space left" in str(error):
-            raise no_room(OSError(errno.ENOSPC, ""), name) from error
+            raise no_room(OSError(errno.ENOSPC, ""), repository) from error
         if isinstance(error, OSError) and error.errno is not None:
-            raise no_room(error, error.filename or name) from error
+            raise no_room(error, error.filename or repository) from error
         raise InputError(
-            f"{name}: the download broke off ({one_line(error) or type(error).__name__}); "
-            "run this again, the files that came whole are kept"
+            f"{repository}: the download was interrupted ({one_line(error) or type(error).__name__}"
+            "); run the command again: finished files are kept"
         ) from error
 
 
 def _snapshot(
-    name: str, revision: str | None, patterns: list[str], cache: Path | None,
-    *, local_files_only: bool = False,
-) -> Path:  # fmt: skip
+    name: HubName, patterns: list[str], cache: Path | None, *, local_files_only: bool = False
+) -> Path:
     """Download the files at the top of a repository; its folders hold other formats of it."""
     folder = huggingface_hub.snapshot_download(
-        name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"],
-        cache_dir=cache, local_files_only=local_files_only,
+        name.repository, revision=name.revision, allow_patterns=patterns,
+        ignore_patterns=["*/*"], cache_dir=cache, local_files_only=local_files_only,
     )  # fmt: skip
     return Path(folder)
 

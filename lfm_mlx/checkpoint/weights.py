@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -202,26 +203,28 @@ def cast(name: str, array: mx.array, dtype: mx.Dtype | None) -> mx.array:
     return array if dtype is None else array.astype(dtype)
 
 
-class BeyondDtypeError(InputError):
-    """A finite weight would become infinite in the dtype asked for."""
-
-
 def cast_checked(name: str, array: mx.array, dtype: mx.Dtype | None) -> mx.array:
-    """`cast`, which raises BeyondDtypeError if a finite value would become infinite."""
+    """`cast`, which raises InputError if a narrower dtype cannot hold a value."""
     done = cast(name, array, dtype)
-    if done.dtype.size < array.dtype.size or done.dtype == mx.float16 != array.dtype:
-        bad = not mx.isfinite(done).all().item()
-        if bad and mx.isfinite(array).all().item():
-            largest = mx.abs(array.astype(mx.float32)).max().item()
-            kind = str(done.dtype).rpartition(".")[2]
-            ends = mx.finfo(done.dtype).max
-            raise BeyondDtypeError(
-                f"{name}: {largest:.3g} is beyond {kind}, which ends at {ends:.5g}; take another "
-                "dtype: bfloat16 or float32"
-            )
-        if bad:
-            raise InputError(f"weights with NaN or infinity: {name}; {HEAL}")
+    if done.dtype != array.dtype and done.dtype.size < 4 and not mx.isfinite(done).all().item():
+        raise InputError(not_numbers(name, [array], done.dtype))
     return done
+
+
+def not_numbers(name: str, arrays: Sequence[mx.array], dtype: mx.Dtype) -> str:
+    """Why a parameter has a NaN or an infinity in `dtype`, and what to do.
+
+    arrays: what it was cast from, if the cast may have done it
+    """
+    if not arrays or not all(mx.isfinite(array).all().item() for array in arrays):
+        return f"weights with NaN or infinity: {name}; {HEAL}"
+    peaks = [mx.abs(array.astype(mx.float32)).max() for array in arrays]
+    largest: Any = mx.stack(peaks).max().item()
+    kind = str(dtype).rpartition(".")[2]
+    return (
+        f"{name}: {largest:.3g} is beyond {kind}, which ends at {mx.finfo(dtype).max:.5g}; take "
+        "another dtype: bfloat16 or float32"
+    )
 
 
 def own_name(config: Config, name: str) -> str:

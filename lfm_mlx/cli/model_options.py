@@ -5,6 +5,7 @@ import datetime
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -36,6 +37,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the model").add_argument
     add("--model", required=True, help="folder, hub name, or demo")
+    add("--revision", help="branch, tag or commit of a hub name (or NAME@REVISION)")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's; float32 on a CPU")
     add("--check", action="store_true", help="refuse weights with NaN or infinity")
     add("--force", action="store_true", help="load even what does not fit in memory")
@@ -51,11 +53,17 @@ class SelectedModel:
     def __init__(self, args: argparse.Namespace):
         self.args = args
         self.date = day(args.date)
-        self.folder = resolve(args.model)
+        self.folder = resolve(args.model, revision=args.revision, judge=self.judge)
         self.checkpoint = Checkpoint(self.folder)
         self.config = Config.from_dict(self.checkpoint.config)
         self.sampling = sampling_of(args, self.checkpoint)
         self.tokenizer = load_tokenizer(self.folder)
+
+    def judge(self, folder: Path, weight_bytes: int) -> None:
+        """Raise InputError, before weights are downloaded, for what could not be loaded."""
+        Config.from_folder(folder)
+        if not self.args.force:
+            device.require_room(weight_bytes, cache_bytes=0, context=0)
 
     def require_room(
         self, context: int, cache_bytes: Callable[[int, int], int] | None = None

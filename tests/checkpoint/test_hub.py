@@ -1,6 +1,7 @@
 """`resolve` against a stand-in of the hub: what is downloaded, and the one line of each failure."""
 
 import errno
+import json
 import os
 import socket
 import subprocess
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from folders import SPARSE
 from hub_stand_in import CUT, Hub, connect, environment
 
+from lfm_mlx.checkpoint import hub as hub_module
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER, resolve
 from lfm_mlx.errors import InputError
 
 NAME = "alice/model"
 NEEDED = {
-    "config.json": b'{"model_type": "lfm2_moe"}',
+    "config.json": json.dumps(SPARSE).encode(),
     "model-00001-of-00002.safetensors": b"first",
     "model-00002-of-00002.safetensors": b"second",
     "model.safetensors.index.json": b"{}",
@@ -172,7 +175,7 @@ def test_hub_has_a_fault(hub: Hub, path: str) -> None:
 def test_connection_cut_in_the_middle(hub: Hub) -> None:
     hub.add(NAME, NEEDED)
     hub.fail("GET", "/resolve/.*/model-00002", CUT)
-    assert "the download broke off" in refusal()
+    assert "the download was interrupted" in refusal()
     hub.failures.clear()
     hub.requests.clear()
     folder = resolve(NAME)
@@ -227,3 +230,94 @@ def test_commands_say_it_in_one_line(hub: Hub, tmp_path: Path, module: str) -> N
     assert done.stdout == ""
     assert done.stderr.startswith(f"{module}: alice/absent: no such folder here")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": "lfm2_vl"}, {"architectures": ["Lfm2BidirectionalModel"]}, {"conv_bias": 3},
+     {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}],
+)  # fmt: skip
+@pytest.mark.usefixtures("home")
+def test_weights_of_a_model_that_cannot_run_are_not_fetched(hub: Hub, changes: dict) -> None:
+    hub.add(NAME, NEEDED | {"config.json": json.dumps(SPARSE | changes).encode()})
+    with pytest.raises(InputError, match=r"^config.json: "):
+        resolve(NAME)
+    assert hub.sent("^GET .*safetensors$") == []
+
+
+@pytest.mark.usefixtures("home")
+def test_weights_are_judged_by_their_size_first(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add(NAME, NEEDED)
+    seen = []
+    resolve(NAME, judge=lambda folder, size: seen.append((sorted(folder.iterdir()), size)))
+    (small, size), = seen  # fmt: skip
+    assert not any(file.suffix == ".safetensors" for file in small)
+    assert size == sum(len(data) for name, data in NEEDED.items() if name.endswith("safetensors"))
+    hub.add("alice/other", NEEDED)
+    monkeypatch.setattr(hub_module, "free_bytes", lambda _: size - 1)
+    assert "will be downloaded and 0.0 GB are free" in refusal("alice/other")
+    monkeypatch.setattr(hub_module, "free_bytes", lambda _: size)
+    resolve("alice/other")
+
+
+@pytest.mark.usefixtures("home")
+def test_only_the_files_of_the_index_are_fetched(hub: Hub) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    hub.add(NAME, NEEDED | {"model.safetensors.index.json": json.dumps(index).encode()})
+    found = {path.name for path in resolve(NAME).glob("*.safetensors")}
+    assert found == {"model-00001-of-00002.safetensors"}
+
+
+@pytest.mark.parametrize("spelled", ["parameter", "name"])
+@pytest.mark.usefixtures("home")
+def test_a_revision_is_asked_for(hub: Hub, spelled: str) -> None:
+    head = hub.add(NAME, NEEDED).head
+    asked = resolve(f"{NAME}@{head}") if spelled == "name" else resolve(NAME, revision=head)
+    assert asked.name == head
+    assert "has no revision 'v9'" in refusal_of(f"{NAME}@v9")
+    with pytest.raises(InputError, match="has no revisions"):
+        resolve("demo", revision="v9")
+
+
+def refusal_of(name: str) -> str:
+    with pytest.raises(InputError) as caught:
+        resolve(name)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["4bit/config.json", "8bit/config.json"], "are in sub-folders (4bit, 8bit), which"),
+        (["a-Q4_0.gguf", "README.md"], "its weights are GGUF files, which are not read"),
+        (["README.md"], "the repository has no config.json; expected"),
+    ],
+)
+@pytest.mark.usefixtures("home")
+def test_repositories_without_a_model_at_their_top(hub: Hub, files: list[str], said: str) -> None:
+    hub.add(NAME, dict.fromkeys(files, b"{}"))
+    assert said in refusal()
+
+
+@pytest.mark.usefixtures("home")
+def test_a_name_that_is_nearly_right(hub: Hub) -> None:
+    assert hub.repositories == {}
+    assert refusal("LiquidAI/LFM2.5-8B-A1").endswith("; did you mean LiquidAI/LFM2.5-8B-A1B?")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("missing", [[*SHARED], [*SHARED, "*.txt"]], ids=len)
+def test_a_cache_that_cannot_be_written_serves_what_it_has(
+    hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch, code: int, missing: list[str]
+) -> None:
+    hub.add(NAME, NEEDED | SHARED | {"vocab.txt": b""})
+    kept = Path(huggingface_hub.snapshot_download(NAME, ignore_patterns=missing))
+
+    def write(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", write)
+    assert resolve(NAME) == kept
+    (kept / "tokenizer.json").resolve().unlink()
+    (kept / "tokenizer.json").unlink()
+    assert os.strerror(code) in refusal_of(NAME)
