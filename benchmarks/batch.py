@@ -20,9 +20,9 @@ import mlx.core as mx
 
 from lfm_mlx import Model, chatml, load
 from lfm_mlx.cli.command import Parser, run
-from lfm_mlx.engine.batching import Row, decode_rows
 from lfm_mlx.engine.decode import decode
-from lfm_mlx.engine.sample import GREEDY
+from lfm_mlx.engine.engine import Engine, Limits
+from lfm_mlx.engine.job import Job, Token
 from lfm_mlx.errors import InputError
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts" / "demo"))
@@ -55,9 +55,13 @@ def one_at_a_time(
 def together(
     model: Model, prompts: list[list[int]], stop_ids: set[int], limit: int, size: int
 ) -> Answers:
-    rows = [Row(at, prompt, limit) for at, prompt in enumerate(prompts)]
-    done = decode_rows(model, rows, stop_ids=stop_ids, sampling=GREEDY, size=size)
-    return {row.key: [step.token for step in row.steps] for row in done}
+    engine = Engine(model, Limits(rows=size, waiting=len(prompts)))
+    jobs = [engine.submit(Job(prompt, limit, stop_ids=frozenset(stop_ids))) for prompt in prompts]
+    found: dict[int, list[int]] = {job: [] for job in jobs}
+    for event in engine.run():
+        if isinstance(event, Token):
+            found[event.job].append(event.token)
+    return {at: found[job] for at, job in enumerate(jobs)}
 
 
 def measure(args: argparse.Namespace) -> dict[int, dict[str, float]]:

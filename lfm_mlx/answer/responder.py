@@ -7,8 +7,8 @@ Whatever the messages are, only what differs from what was read before is read: 
 on, a tool's result, or an earlier question edited.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from lfm_mlx import chatml
@@ -20,7 +20,6 @@ from lfm_mlx.cache.keys_values import KVQuantization, quantize_cache
 from lfm_mlx.cache.protocols import Cache
 from lfm_mlx.cache.rewind import rewind_to
 from lfm_mlx.chatml.tokenizer import Tokenizer
-from lfm_mlx.engine.batching import Row, decode_rows
 from lfm_mlx.engine.choice_scores import score_choices
 from lfm_mlx.engine.decode import Reading, Step, decode
 from lfm_mlx.engine.lookup import PromptLookup
@@ -137,35 +136,3 @@ class Responder:
         control = replace(self.control, tools=tools, tool_choice="auto")
         prompt = prompt_tokens(self.tokenizer, messages, control, self.date) if messages else []
         rewind_to(self.cache, prompt)
-
-
-@dataclass(frozen=True)
-class Answered:
-    """One of many questions with its whole answer; `key` is whatever the caller knows it by."""
-
-    key: Any
-    segments: list[chatml.Segment]
-    finish_reason: str
-    prompt_tokens: int
-    generated_tokens: int
-
-
-def answer_many(
-    model: Model, tokenizer: Tokenizer, questions: Iterable[tuple[Any, Question]],
-    sampling: Sampling, *, seed: int | None = None, size: int = 8,
-) -> Iterator[Answered]:  # fmt: skip
-    """Answers to many questions by continuous batching, in whatever order they end.
-
-    questions: with their keys; taken as they are needed. Constraints are not followed
-    seed: of each answer's draws, as of a run of its own
-    size: questions answered together
-    """
-    rows = (Row((key, q), q.prompt, q.max_tokens) for key, q in questions)
-    stop_ids = tokenizer.eos_token_ids
-    for row in decode_rows(model, rows, stop_ids=stop_ids, sampling=sampling, seed=seed, size=size):
-        key, question = row.key
-        pieces = text_of(tokenizer, row.steps)
-        found = list(chatml.segments(pieces, question.control.tools or None))
-        yield Answered(
-            key, found, row.steps[-1].finish_reason or "", len(row.prompt), len(row.steps)
-        )

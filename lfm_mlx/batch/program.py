@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from lfm_mlx import chatml, device
 from lfm_mlx.answer.control import Control
+from lfm_mlx.answer.many import Answered, answer_many
 from lfm_mlx.answer.question import Question, ask
-from lfm_mlx.answer.responder import Answered, answer_many
 from lfm_mlx.answer.stream import rate
 from lfm_mlx.batch.files import Request, Results, open_results, read_requests
 from lfm_mlx.cli.command import Parser, run
@@ -92,7 +92,8 @@ class Batch:
         )  # fmt: skip
         for answered in answers:
             self.results.write(answered.key, result_of(answered))
-            self.answers += 1
+            self.answers += answered.error is None
+            self.errors += answered.error is not None
             self.prompt_tokens += answered.prompt_tokens
             self.generated_tokens += answered.generated_tokens
             self.seconds = time.perf_counter() - began
@@ -126,7 +127,9 @@ class Batch:
 
 
 def result_of(answered: Answered) -> dict[str, Any]:
-    """The answer as a line of results has it."""
+    """The answer, or why there is none, as a line of results has it."""
+    if answered.error is not None:
+        return {"error": answered.error}
     message = chatml.as_message(answered.segments)
     return {
         "text": message["content"],

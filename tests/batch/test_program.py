@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ from lfm_mlx.batch import program
 from lfm_mlx.batch.files import Request, open_results
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
-from lfm_mlx.engine.batching import Row, decode_rows
-from lfm_mlx.engine.decode import Step, decode
-from lfm_mlx.engine.sample import GREEDY, Sampler, Sampling
 from lfm_mlx.load import load_model, load_tokenizer
 
 DAY = "2026-01-02"
@@ -55,30 +51,6 @@ def tokenizer() -> Any:
 def prompt_of(tokenizer: Any, line: dict[str, Any]) -> list[int]:
     messages = line.get("messages") or [{"role": "user", "content": line["prompt"]}]
     return chatml.render(tokenizer, messages, tools=line.get("tools"), date=DAY)
-
-
-def ended(steps: Iterable[Step]) -> list[tuple[int, str | None]]:
-    return [(step.token, step.finish_reason) for step in steps]
-
-
-@pytest.mark.parametrize("size", [1, 3, 16])
-@pytest.mark.parametrize(
-    "sampling",
-    [GREEDY, Sampling(temperature=0, repetition_penalty=1.3), Sampling(temperature=1.5, top_k=5)],
-    ids=["greedy", "penalized", "drawn"],
-)
-def test_every_row_gets_the_tokens_it_gets_alone(
-    model: Model, tokenizer: Any, size: int, sampling: Sampling
-) -> None:
-    stops = tokenizer.eos_token_ids
-    rows = [Row(at, prompt_of(tokenizer, line), 40) for at, line in enumerate(LINES)]
-    found = decode_rows(model, rows, stop_ids=stops, sampling=sampling, seed=7, size=size)
-    together = {row.key: ended(row.steps) for row in found}
-    assert together.keys() == set(range(len(LINES)))
-    for row in rows:
-        sampler = Sampler(model.config.vocab_size, sampling, 7)
-        steps = [*decode(model, row.prompt, sampler=sampler, max_tokens=40, stop_ids=stops)]
-        assert together[row.key] == ended(steps)
 
 
 def written(path: Path, lines: list[Any]) -> Path:
