@@ -185,7 +185,14 @@ def test_modules_are_documented(name: str) -> None:
 
 TESTS = Path(__file__).parent
 # Tests of something else than one module: the whole, or what stands beside the package.
-OF_THE_WHOLE = {"test_layout", "test_demo", "test_long", "test_judge", "test_benchmarks"}
+OF_THE_WHOLE = {
+    "test_installed",
+    "test_layout",
+    "test_demo",
+    "test_long",
+    "test_judge",
+    "test_benchmarks",
+}
 BESIDE = {"scripts", "metal_host"}
 
 
