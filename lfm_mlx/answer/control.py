@@ -4,6 +4,7 @@ control = Control(max_thinking_tokens=512, choices=("yes", "no"))
 constraint = control.constraint(tokenizer, vocab_size)
 """
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -150,7 +151,15 @@ class Control:
 
 
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    """The tokenizer's tokens as bytes, for a model of this size; added ones stand for no text."""
+    """The tokenizer's tokens as bytes, for a model of this size; added ones stand for no text.
+
+    Built once for all answers: at 128,000 tokens it takes more than a second.
+    """
+    return _vocabulary(tokenizer, vocab_size, frozenset(tokenizer.eos_token_ids))
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int]) -> Vocabulary:
     letters = {letter: byte for byte, letter in byte_letters().items()}
     words = [b""] * vocab_size
     special = {token for token in tokenizer.get_added_vocab().values() if token < vocab_size}
@@ -159,7 +168,7 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
             words[token] = text.encode()
         elif token < vocab_size and all(letter in letters for letter in text):
             words[token] = bytes(letters[letter] for letter in text)
-    return Vocabulary(words, special, tokenizer.eos_token_ids)
+    return Vocabulary(words, special, stop_ids)
 
 
 def _check_schema(schema: Any) -> None:

@@ -23,6 +23,8 @@ class Constraint(Protocol):
         ...
 
 
+# Masks are filled by NumPy: a lazy array could be computed on the thread that made it only, and
+# constraints are made on other threads than the model runs on.
 def only(tokens: Iterable[int], vocab_size: int) -> mx.array:
     """The mask [V] that allows these tokens and no others."""
     mask = np.zeros(vocab_size, np.bool_)
@@ -32,7 +34,9 @@ def only(tokens: Iterable[int], vocab_size: int) -> mx.array:
 
 def all_but(tokens: Iterable[int], vocab_size: int) -> mx.array:
     """The mask [V] that allows every token but these."""
-    return ~only(tokens, vocab_size)
+    mask = np.ones(vocab_size, np.bool_)
+    mask[list(tokens)] = False
+    return mx.array(mask)  # pyright: ignore[reportArgumentType] - NumPy arrays are taken
 
 
 class Without:

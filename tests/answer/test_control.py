@@ -15,7 +15,7 @@ from models import model_of
 from walks import ADDED, STOPS, TOKENIZER, VOCAB_SIZE
 
 from lfm_mlx import Model, chatml, generate
-from lfm_mlx.answer.control import Control
+from lfm_mlx.answer.control import Control, vocabulary_of
 from lfm_mlx.cli.command import BAD_INPUT, run
 from lfm_mlx.engine.choice_scores import score_choices
 from lfm_mlx.engine.constraint import OneOf
@@ -263,3 +263,9 @@ def test_wrong_use_is_one_line(
     assert out == ""
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_the_vocabulary_is_built_once_for_a_tokenizer_and_a_size() -> None:
+    found = vocabulary_of(TOKENIZER, VOCAB_SIZE)
+    assert vocabulary_of(TOKENIZER, VOCAB_SIZE) is found
+    assert len(vocabulary_of(TOKENIZER, VOCAB_SIZE + 8).words) == VOCAB_SIZE + 8

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import pytest
 from caches import build
-from jobs import SAMPLINGS, alone, told
+from jobs import KINDS, SAMPLINGS, alone, constrained, told
 
 from lfm_mlx.engine.engine import Engine, Limits, Overloaded
 from lfm_mlx.engine.job import Ended, Event, Job, Token
@@ -58,6 +58,18 @@ def test_answers_come_from_many_threads() -> None:
     found = told(listener.events)
     assert {n: found[n].answer for n in numbers} == {n: alone(MODEL, j) for n, j in numbers.items()}
     assert worker.failure is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constraints_are_made_on_another_thread(kind: str) -> None:
+    worker, listener = started()
+    jobs = {worker.submit(constrained(job, kind, MODEL.config.vocab_size)): job for job in JOBS[:3]}
+    worker.drain(60)
+    found = told(listener.events)
+    for number, job in jobs.items():
+        assert found[number].answer == alone(
+            MODEL, constrained(job, kind, MODEL.config.vocab_size)
+        ), found[number].ended
 
 
 def test_a_job_is_cancelled_while_it_decodes_and_before() -> None:
