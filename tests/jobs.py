@@ -15,6 +15,8 @@ SAMPLINGS = (
     GREEDY,
     Sampling(),
     Sampling(temperature=1.4, top_k=7),
+    Sampling(temperature=0.9, presence_penalty=1.5, logit_bias={5: 3.0, 6: -100.0}),
+    Sampling(temperature=0.0, repetition_penalty=1.0, frequency_penalty=0.7),
     Sampling(temperature=0.0, repetition_penalty=1.5),
     Sampling(temperature=1.1, top_k=0, top_p=0.8, min_p=0.02, repetition_penalty=1.2),
 )

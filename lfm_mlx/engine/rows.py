@@ -6,7 +6,7 @@ holds the prompt and every token that was told, and one more token is on its way
 with one row ends that row alone. A single row may draft by prompt lookup.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from lfm_mlx.cache.keys_values import KVQuantization, quantize_cache
 from lfm_mlx.engine.decode import CLEAR_EVERY, LARGE_BYTES
 from lfm_mlx.engine.job import Job, Prefix
 from lfm_mlx.engine.lookup import PromptLookup
-from lfm_mlx.engine.sample import Sampler
+from lfm_mlx.engine.sample import Draws, Sampler
 from lfm_mlx.engine.speculate import Speculation
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.model import Model
@@ -156,6 +156,8 @@ class Rows:
         self.joining: list[Row] = []
         self._joined = JoinedCache()
         self._pending: Drawing | None = None  # of all `rows`
+        # Of the rows that were drawn for last, which their samplers lack while there are several.
+        self._draws: tuple[list[Row], Draws | None] = ([], None)
         self._steps = 0
         self._large = False  # keys and values, for which see decode.py
 
@@ -188,6 +190,7 @@ class Rows:
         if not places:
             return
         self._joined.change(places)
+        self._settle_draws()
         self.rows = [row for row in self.rows if row not in leaving]
         if self._pending is not None:
             self._pending = self._pending.of(self.rows)
@@ -240,7 +243,7 @@ class Rows:
             mx.async_eval(logits)
             taken = [] if before is None else before.take()
         if logits is not None:
-            self._pending = draw(self.rows, logits)
+            self._pending = self._draw(logits)
             mx.async_eval(self._pending.tokens, self._pending.logprobs, self._pending.tops)
         return taken if taken is not None else [] if before is None else before.take()
 
@@ -277,6 +280,29 @@ class Rows:
         self.rows = rows
         return mx.concatenate(found) if found else None
 
+    def _draw(self, logits: mx.array) -> Drawing:
+        """The next token of each row from logits [B, V]; a row whose constraint fails is over."""
+        rows, draws = self._draws
+        if draws is None or rows != self.rows:
+            self._settle_draws()
+            draws = Draws.merge([sampler_of(row).draws for row in self.rows])
+            self._draws = self.rows[:], draws
+        tokens, logprobs = draws(logits, [allowed(row) for row in self.rows])
+        tops = {
+            row: likeliest(logits[place], row.job.top_logprobs)
+            for place, row in enumerate(self.rows)
+            if row.job.top_logprobs
+        }
+        return Drawing(self.rows[:], list(range(len(self.rows))), tokens, logprobs, tops)
+
+    def _settle_draws(self) -> None:
+        """Bring every sampler up to date; of a single row it is what draws."""
+        rows, draws = self._draws
+        if draws is not None and len(rows) > 1:
+            for place, row in enumerate(rows):
+                sampler_of(row).draws = draws.extract(place)
+        self._draws = [], None
+
     def _drafts(self, row: Row) -> bool:
         """Whether what follows is drafted; free text only, and never more than was asked."""
         free = row.job.constraint is None and not row.job.top_logprobs
@@ -284,6 +310,7 @@ class Rows:
 
     def _lone_step(self, before: Drawing) -> list[Taken]:
         """`_common_step` of one row, with a draft of what follows its token read behind it."""
+        self._settle_draws()
         row, token = before.rows[0], before.in_order()
         speculation = self._speculation(row)
         indexed = speculation.lookup.text.tokens
@@ -306,28 +333,21 @@ class Rows:
     def _speculation(self, row: Row) -> Speculation:
         if row.speculation is None:
             assert self.longest_draft is not None, "drafts are wanted"
-            assert row.sampler is not None, "a row that decodes has a sampler"
             lookup = PromptLookup(self.longest_draft)
             row.speculation = Speculation(
-                self.model, row.cache, row.sampler, lookup, row.job.stop_ids, self.kv_quantization
+                self.model,
+                row.cache,
+                sampler_of(row),
+                lookup,
+                row.job.stop_ids,
+                self.kv_quantization,
             )
         return row.speculation
 
 
-def draw(rows: Sequence[Row], logits: mx.array) -> Drawing:
-    """The next token of each row from logits [B, V]; a row whose constraint fails is over."""
-    tokens, logprobs, tops = [], [], {}
-    for place, row in enumerate(rows):
-        assert row.sampler is not None, "a row that decodes has a sampler"
-        own = logits[place : place + 1]
-        token, logprob = row.sampler(own, allowed(row))
-        tokens.append(token)
-        logprobs.append(logprob)
-        if row.job.top_logprobs:
-            tops[row] = likeliest(own[0], row.job.top_logprobs)
-    return Drawing(
-        list(rows), list(range(len(rows))), mx.concatenate(tokens), mx.concatenate(logprobs), tops
-    )
+def sampler_of(row: Row) -> Sampler:
+    assert row.sampler is not None, "a row that decodes has a sampler"
+    return row.sampler
 
 
 def allowed(row: Row) -> mx.array | None:

@@ -137,6 +137,28 @@ class Draws:
             self.seen = Seen(*(part[kept] for part in self.seen)) if penalized else None
         self._rebias()
 
+    @classmethod
+    def merge(cls, parts: Sequence["Draws"]) -> "Draws":
+        """The rows of all of these, in their order, each where it was. One alone is itself."""
+        if len(parts) == 1:
+            return parts[0]
+        merged = cls(parts[0].vocab_size, parts[0].kernels)
+        merged.rows = [row for part in parts for row in part.rows]
+        if any(part.seen is not None for part in parts):
+            seen = [part.seen or part._nothing_seen(len(part.rows)) for part in parts]
+            merged.seen = Seen(
+                *(mx.concatenate(list(arrays)) for arrays in zip(*seen, strict=True))
+            )
+        merged._rebias()
+        return merged
+
+    def extract(self, row: int) -> "Draws":
+        """One row by itself, as it is now."""
+        single = Draws(self.vocab_size, self.kernels)
+        single.rows, single.seen = self.rows[:], self.seen
+        single.keep([row])
+        return single
+
     def _rebias(self) -> None:
         self._bias = None
         if any(row.sampling.logit_bias for row in self.rows):
@@ -220,20 +242,20 @@ class Sampler:
         self, vocab_size: int, sampling: Sampling = GREEDY, seed: int | None = None,
         kernels: Kernels | None = None,
     ):  # fmt: skip
-        """As a row of Draws."""
-        self._draws = Draws(vocab_size, kernels)
-        self._draws.add(sampling, seed)
+        """As a row of Draws; `draws` may take part in those of several rows (`Draws.merge`)."""
+        self.draws = Draws(vocab_size, kernels)
+        self.draws.add(sampling, seed)
         # What had been seen after each draw of the last `each`, and their number.
         self._seen_after: list[Seen | None] = []
 
     @property
     def seen(self) -> Seen | None:
         """What penalties look at, None if there are none."""
-        return self._draws.seen
+        return self.draws.seen
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Mark these tokens as seen, for the repetition penalty."""
-        self._draws.observe(0, tokens)
+        self.draws.observe(0, tokens)
 
     def __call__(
         self, logits: mx.array, allowed: mx.array | None = None
@@ -244,7 +266,7 @@ class Sampler:
 
         Shapes: logits [1, V], returns token [1] and log-probability [1], both lazy.
         """
-        return self._draws(logits, [allowed])
+        return self.draws(logits, [allowed])
 
     def each(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """Draw at consecutive positions, at each as if those before it had been drawn alone.
@@ -252,19 +274,19 @@ class Sampler:
         Shapes: logits [L, V], returns tokens [L] and log-probabilities [L], both lazy.
         """
         self._seen_after, drawn = [], []
-        if self._draws.remembers_nothing():
+        if self.draws.remembers_nothing():
             self._seen_after = [None] * logits.shape[0]
-            return self._draws.repeated(logits)
+            return self.draws.repeated(logits)
         for position in range(logits.shape[0]):
-            drawn.append(self._draws(logits[position : position + 1]))
-            self._seen_after.append(self._draws.seen)
+            drawn.append(self.draws(logits[position : position + 1]))
+            self._seen_after.append(self.draws.seen)
         tokens, logprobs = zip(*drawn, strict=True)
         return mx.concatenate(list(tokens)), mx.concatenate(list(logprobs))
 
     def keep(self, count: int) -> None:
         """Undo what the last `each` drew after its first `count` tokens, 1 or more."""
         if self._seen_after:
-            self._draws.seen = self._seen_after[count - 1]
-            (row,) = self._draws.rows
+            self.draws.seen = self._seen_after[count - 1]
+            (row,) = self.draws.rows
             row.drawn -= len(self._seen_after) - count
             self._seen_after = []
