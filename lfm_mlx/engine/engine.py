@@ -23,7 +23,8 @@ from lfm_mlx.engine.budget import FORESEEN_TOKENS, Budget
 from lfm_mlx.engine.decode import check_prompt, room_for_answer
 from lfm_mlx.engine.job import Ended, Event, Job, Progress, Token
 from lfm_mlx.engine.prefill import Part, read_parts, read_together
-from lfm_mlx.engine.rows import Row, Rows
+from lfm_mlx.engine.row import Row
+from lfm_mlx.engine.rows import Rows
 from lfm_mlx.engine.sample import Sampler
 from lfm_mlx.engine.scheduler import Scheduler
 from lfm_mlx.engine.store import Source, Store, moves

@@ -9,7 +9,10 @@ from caches import ODD, build, expect_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import KINDS, SAMPLINGS, STOP, alone, constrained, told
+from make_random_checkpoint import random_tensors
+from models import model_of
 
+from lfm_mlx.cache.keys_values import KVQuantization
 from lfm_mlx.engine import engine as engine_module
 from lfm_mlx.engine.engine import Engine, Limits, Overloaded
 from lfm_mlx.engine.job import Event, Job
@@ -99,6 +102,32 @@ def run(engine: Engine, *given: Job) -> list[tuple[list[int], str]]:
     numbers = [engine.submit(job) for job in given]
     found = told(engine.run())
     return [found[number].answer for number in numbers]
+
+
+WIDE = ODD | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("draft", [None, 4])
+def test_rows_have_quantized_keys_and_values(bits: int, draft: int | None) -> None:
+    model = model_of(WIDE, random_tensors(WIDE, 5))
+    quantization = KVQuantization.of(model.config, bits)
+    engine = Engine(model, Limits(rows=3, kv_quantization=quantization, longest_draft=draft))
+    given = [
+        Job([*SHARED[:shared], number, 7], 9, sampling, seed=number)
+        for number, (shared, sampling) in enumerate(
+            zip((90, 0, 90, 60, 3), SAMPLINGS, strict=False)
+        )
+    ]
+    expected = [alone(model, job, quantization) for job in given]
+    assert run(engine, *given) == expected
+    # Once more, from what is stored now: whole, moved and copied.
+    numbers = [engine.submit(job) for job in given]
+    found = told(engine.run())
+    assert [found[number].answer for number in numbers] == expected
+    assert {found[number].progress[0].prefix.tokens for number in numbers} >= {91}
+    for entry in engine.store.entries:
+        assert {layer.bits for layer in entry.cache if hasattr(layer, "offset")} == {bits}
 
 
 class Broken:
