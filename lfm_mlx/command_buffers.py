@@ -1,4 +1,4 @@
-"""How many launches MLX hands to Metal together: limits set before its first work on the GPU.
+"""Limits for MLX's command buffers, set before its first work on the GPU.
 
 MLX ends a command buffer when its launches, or the elements of the distinct arrays they touch,
 exceed a limit. By its own (40 launches, 40 or 50 Mi elements) the experts of every sparse layer end

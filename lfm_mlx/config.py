@@ -56,7 +56,7 @@ QUANTIZATION_KEYS = ("quantization", "quantization_config")
 
 
 class ProjectionNames(NamedTuple):
-    """What a family's checkpoints call the three projections of a dense feed-forward."""
+    """Names of the three projections of a dense feed-forward in a family's checkpoints."""
 
     gate: str
     up: str
@@ -149,7 +149,7 @@ class Config:
 
     @property
     def conv_memory(self) -> int:
-        """How many tokens back the stack of convolutions can see: (W - 1) x conv layers."""
+        """Number of tokens the stack of convolutions sees back: (W - 1) x conv layers."""
         return (self.conv_L_cache - 1) * self.num_conv_layers
 
     @property

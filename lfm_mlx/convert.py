@@ -38,7 +38,7 @@ NOT_FINITE = 3
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion made.
+    """Result of a conversion.
 
     floating: matrices left floating because of their width
     noted: why parameters hold a NaN or an infinity; the folder is of no use then
@@ -108,7 +108,7 @@ def convert(
 
 @dataclass(frozen=True)
 class Job:
-    """What is made of the checkpoint's tensors.
+    """Conversion of a checkpoint's tensors.
 
     packings: by name, of parameters to be packed
     check: raise for a parameter that is not finite; else it is noted in `noted`
@@ -173,7 +173,7 @@ class Job:
         return {stem + key: parameter.join([piece[key] for piece in packed]) for key in packed[0]}
 
     def nbytes(self, expected: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> int:
-        """What the stored tensors will take."""
+        """Bytes of the tensors to store."""
         total = 0
         for parameter in self.parameters:
             size = expected[parameter.name].size
@@ -185,14 +185,14 @@ class Job:
 
 
 def require_apart(source: Path, out: Path) -> None:
-    """Raise InputError when writing `out` would replace the source or a folder that holds it."""
+    """Raise InputError if writing `out` would replace the source or a folder that holds it."""
     source, out = source.resolve(), out.expanduser().resolve()
     if out == source or out in source.parents:
         raise InputError(f"--out {out}: holds the source {source}; give another name")
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise InputError when the disk cannot hold the result."""
+    """Raise InputError if the disk cannot hold the result."""
     there = free_bytes(folder)
     if needed > there:
         raise InputError(
@@ -202,7 +202,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def source_name(source: str | Path) -> str:
-    """What config.json says it was made from: the hub's name, or a local folder's last part."""
+    """The source named in config.json: the hub's name, or a local folder's last part."""
     folder = Path(source).expanduser()
     return folder.resolve().name if folder.exists() else str(source)
 
@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe | None:
-    """The recipe that --bits, --group-size and --mode ask for; None when none of them is given."""
+    """The recipe that --bits, --group-size and --mode ask for; None if none of them is given."""
     if args.bits is None and args.group_size is None and args.mode is None:
         return None
     return Recipe(Quantization.of(args.mode or "affine", args.bits, args.group_size))
@@ -252,7 +252,9 @@ def main(argv: list[str] | None = None) -> int:
         force=args.force, check=args.check, show_progress=True,
     )  # fmt: skip
     for path in report.floating:
-        print(f"left floating, its width is no multiple of the group size: {path}", file=sys.stderr)
+        print(
+            f"left floating, its width is not a multiple of the group size: {path}", file=sys.stderr
+        )
     for line in report.noted:
         print(line, file=sys.stderr)
     print(

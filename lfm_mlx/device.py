@@ -1,4 +1,4 @@
-"""How much memory there is, whether a run fits into it, and how much it took."""
+"""The device's memory: its size, whether a run fits into it, and the peak of a run."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ WORKING_BYTES = 512 << 20
 
 
 def device_bytes() -> int:
-    """What the model may fill: Metal's recommended working set, else the machine's memory."""
+    """Bytes that the model may fill: Metal's recommended working set, else the machine's memory."""
     if metal.available():
         return int(mx.device_info()["max_recommended_working_set_size"])
     return machine_bytes()
@@ -40,7 +40,7 @@ def peak_bytes() -> int:
 
 
 def require_room(weight_bytes: int, cache_bytes: int, context: int) -> None:
-    """Raise InputError when weights and the cache of `context` tokens cannot fit in memory."""
+    """Raise InputError if weights and the cache of `context` tokens cannot fit in memory."""
     needed, there = weight_bytes + cache_bytes + WORKING_BYTES, device_bytes()
     if needed > there:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a user got wrong, in one line."""
+"""Errors a user can mend, in one line."""
 
 import re
 
@@ -14,7 +14,7 @@ class InputError(ValueError):
     A repository of the hub is called by its name, not by its place in the cache.
     """
 
-    def __init__(self, message: str):
+    def __init__(self, message: str = ""):
         super().__init__(SNAPSHOT.sub(r"\1/\2", message))
 
 

@@ -140,7 +140,7 @@ def _remove_abandoned(out: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What can still be written on the disk `folder` is on."""
+    """Bytes that can still be written on the disk of `folder`."""
     return shutil.disk_usage(folder).free
 
 
@@ -149,7 +149,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError when it is absent or is not a JSON object."""
+    """The JSON object in a file. Raises InputError if it is absent or is not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def kv_quantization_of(args: argparse.Namespace, config: Config) -> KVQuantization | None:
-    """What --kv-bits, --kv-group-size and --kv-start ask for."""
+    """The quantization that --kv-bits, --kv-group-size and --kv-start ask for."""
     if args.kv_bits is None:
         if args.kv_group_size is not None or args.kv_start is not None:
             raise InputError("--kv-group-size and --kv-start belong to --kv-bits; give that too")

@@ -134,7 +134,7 @@ def as_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
 
 
 def loaded_bytes(config: Config, tensors: dict[str, TensorInfo], dtype: mx.Dtype | None) -> int:
-    """What the weights will take in memory when their floating ones are cast to `dtype`."""
+    """Bytes of the weights in memory once floating ones are cast to `dtype`."""
     kept = stored_as_is(config, tensors, dtype)
     return sum(
         info.nbytes if kept and EXPERTS.search(name) else cast_bytes(info, dtype)
@@ -163,7 +163,7 @@ def cast_bytes(info: TensorInfo, dtype: mx.Dtype | None) -> int:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The folder's tokenizer in mlx-lm's wrapper, which streams text and knows every stop token.
 
-    Raises InputError when there is none or it cannot be read.
+    Raises InputError if there is none or it cannot be read.
     """
     checkpoint = Checkpoint(folder)
     if not (checkpoint.folder / "tokenizer.json").exists():

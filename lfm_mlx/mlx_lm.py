@@ -131,7 +131,7 @@ def retyped(linear: Any, kind: type[nn.Linear]) -> nn.Linear:
 
 
 class Seam(ModuleType):
-    """What mlx-lm imports in place of its own module of a model type."""
+    """A module that mlx-lm imports in place of its own one of a model type."""
 
     Model = HookedModel
     ModelArgs = ModelArgs
@@ -252,7 +252,7 @@ def known_models(arguments: list[str]) -> list[str]:
 def model_name(model: str) -> str:
     """The folder or hub name that mlx-lm knows `model` by.
 
-    Raises InputError where it names no checkpoint, or one of this family that cannot be run: the
+    Raises InputError if it names no checkpoint, or one of this family that cannot be run: the
     server would log a traceback and go on without a model.
     """
     folder = resolve(model, judge=require_known)

@@ -169,7 +169,7 @@ def test_odd_widths_stay_floating_and_are_named(
     named = {
         line.rsplit(": ", 1)[1]
         for line in capsys.readouterr().err.splitlines()
-        if line.startswith("left floating, its width is no multiple of the group size: ")
+        if line.startswith("left floating, its width is not a multiple of the group size: ")
     }
     packed = {n.removesuffix(".scales") for n in stored_tensors(out) if n.endswith(".scales")}
     assert packed == {"model.layers.0.feed_forward.down_proj"} | {

@@ -206,3 +206,11 @@ def test_tests_mirror_the_package() -> None:
         modules = [name.split(".")[-1] for name in MODULES
                    if name.split(".")[:-1] == [*place.parts[:-1]]]  # fmt: skip
         assert any(stem == name or stem.startswith(f"{name}_") for name in modules), place
+
+
+@every_module
+def test_docstrings_begin_with_a_verb_or_a_noun(name: str) -> None:
+    definitions = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(MODULES[name]):
+        text = ast.get_docstring(node) if isinstance(node, definitions) else None
+        assert text is None or text.split()[0] not in {"What", "How", "Where", "Who"}, text

@@ -1,1 +1,1 @@
-"""Where tokens and text meet: what an answer must be, and the one road from a prompt to it."""
+"""Tokens meet text: conditions of an answer, and the one road from a prompt to it."""

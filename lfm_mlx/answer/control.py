@@ -1,4 +1,4 @@
-"""What a user asks of an answer → the Constraint that keeps it: budgets, schemas, choices, tools.
+"""A user's conditions → the Constraint that keeps them: budgets, schemas, choices, tools.
 
 control = Control(max_thinking_tokens=512, choices=("yes", "no"))
 constraint = control.constraint(tokenizer, vocab_size)
@@ -31,7 +31,7 @@ TOOL_CHOICES = ("auto", "none", "required")
 
 @dataclass(frozen=True)
 class Control:
-    """What may be asked of an answer.
+    """Conditions for an answer.
 
     max_thinking_tokens: None for no limit; 0 for no thinking, outside what the model learned
     json_schema, regex, choices: what the answer after thinking must be; one of them at most
@@ -55,7 +55,7 @@ class Control:
         if len(self.formats) > 1:
             raise InputError(f"{' and '.join(self.formats)} exclude each other; give one")
         if len(set(self.choices)) < len(self.choices) or "" in self.choices:
-            raise InputError(f"choice: expected different texts; got {'|'.join(self.choices)!r}")
+            raise InputError(f"choice: the choices must differ; got {'|'.join(self.choices)!r}")
         names = parameters_of(self.tools)
         expected = [*TOOL_CHOICES, *names]
         if self.tool_choice not in expected:
@@ -87,7 +87,7 @@ class Control:
         return self.must_call or bool(self.formats)
 
     def constraint(self, tokenizer: Tokenizer, vocab_size: int) -> Thinking | None:
-        """A Constraint for one answer; None where nothing is asked.
+        """A Constraint for one answer; None if nothing is asked.
 
         Raises InputError for a schema or regex that cannot be followed.
         """

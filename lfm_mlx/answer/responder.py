@@ -57,7 +57,7 @@ class Responder:
 
     @property
     def context(self) -> int:
-        """How many tokens are remembered."""
+        """Number of tokens in the cache."""
         return cached_tokens(self.cache)
 
     @property
@@ -120,7 +120,7 @@ class Responder:
         return measured(steps, self.statistics, lookup)
 
     def score_choices(self, question: Question) -> list[float]:
-        """How likely each of the control's choices was after the thoughts of the last answer.
+        """Probability of each of the control's choices after the thoughts of the last answer.
 
         They sum to 1; none before an answer began.
         """

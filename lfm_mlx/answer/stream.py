@@ -14,7 +14,7 @@ from lfm_mlx.engine.lookup import PromptLookup
 
 @dataclass
 class Statistics:
-    """What a run took. Times in seconds since the prompt was handed over."""
+    """Token counts and times of a run; times in seconds since the prompt was handed over."""
 
     prompt_tokens: int
     reused_tokens: int = 0  # of the prompt, from a cache
@@ -68,7 +68,7 @@ class Statistics:
 
 
 def rate(count: int, seconds: float) -> float:
-    """How many a second; 0 where nothing was measured."""
+    """Count per second; 0 if nothing was measured."""
     return count / seconds if seconds > 0 and count > 0 else 0.0
 
 

@@ -35,7 +35,7 @@ class Request:
 
 
 def read_requests(path: Path) -> list[Request]:
-    """The requests of a file, those that are none with their error. Raises InputError."""
+    """Parse a request file; a malformed line becomes a Request with `error` set."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -104,7 +104,7 @@ class Results:
         self._path, self._file, self.answered = path, file, answered
 
     def write(self, request: Request, content: Mapping[str, Any]) -> None:
-        """Add the result of a request. Raises InputError where the disk is full."""
+        """Add the result of a request. Raises InputError if the disk is full."""
         result = {"id": request.id, "line": request.line, **content}
         try:
             self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
@@ -115,7 +115,7 @@ class Results:
     def unanswered(self, requests: list[Request]) -> list[Request]:
         """The requests without a result.
 
-        Raises InputError where a result is that of no request: the file belongs to other requests.
+        Raises InputError if a result is that of no request: the file belongs to other requests.
         """
         ids = {request.line: request.id for request in requests}
         for line, identity in self.answered.items():
@@ -154,13 +154,13 @@ def _mended(path: Path, file: BinaryIO) -> dict[int, str | int]:
         result = _result(line)
         if result is None:
             raise InputError(
-                f"--out {path}: line {number} is no result of this command; give another name"
+                f"--out {path}: line {number} is not a result of this command; give another name"
             )
         answered[result[0]] = result[1]
     if not last:
         return answered
     if not (last.startswith(BEGINNING) or BEGINNING.startswith(last)):
-        raise InputError(f"--out {path}: is no file of results; give another name")
+        raise InputError(f"--out {path}: is not a file of results; give another name")
     file.truncate(sum(len(line) + 1 for line in lines))
     return answered
 

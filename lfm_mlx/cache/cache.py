@@ -58,7 +58,7 @@ def log_tokens(cache: Sequence[LayerCache], tokens: mx.array | None) -> None:
 
 
 def cached_tokens(cache: Sequence[LayerCache]) -> int:
-    """How many columns (tokens, and the padding of a batch) the cache holds."""
+    """Number of columns in the cache: tokens, and the padding of a batch."""
     for entry in cache:
         if not isinstance(entry, ConvWindow):
             return entry.offset if isinstance(entry.offset, int) else entry.size()
@@ -106,7 +106,7 @@ def cache_state(cache: Sequence[LayerCache]) -> list[Any]:
 
 
 def stored_bytes(cache: Sequence[LayerCache]) -> int:
-    """What keys and values take, with the room they grow into."""
+    """Bytes of keys and values, with the room they grow into."""
     return sum(entry.nbytes for entry in cache if not isinstance(entry, ConvWindow))
 
 
@@ -135,7 +135,7 @@ def whole_step(cache: Sequence[LayerCache]) -> Iterator[None]:
 
 
 def tokens_read(cache: Sequence[LayerCache]) -> list[int]:
-    """The tokens that the cache holds, none where it does not know them."""
+    """The tokens that the cache holds, none if it does not know them."""
     log = token_log(cache)
     if log is None or not log.complete or log.tokens is None:
         return []

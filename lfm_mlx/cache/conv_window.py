@@ -26,7 +26,7 @@ class ConvWindow:
     window: [B, W-1, D], None before the first token, and while it is `stale`
     stale: the cache was rewound to where the window is not at hand; `restore_windows` rebuilds it
     left_padding, lengths: per row, how many of the coming columns are padding before its tokens,
-        and how many columns remain until its padding after them; None where no row is padded
+        and how many columns remain until its padding after them; None if no row is padded
     log: the tokens read; the first convolution of a cache has it for all of them
     """
 
@@ -145,7 +145,7 @@ class ConvWindow:
         return taken
 
     def _undone(self, count: int) -> mx.array | None:
-        """The window as it was `count` tokens ago, None when its columns are not at hand."""
+        """The window as it was `count` tokens ago, None if its columns are not at hand."""
         back = count - self.earlier_by
         if self.window is None or self.earlier is None or back < 0:
             return None

@@ -33,7 +33,7 @@ class RowsKeysValues:
 
     @property
     def offset(self) -> mx.array:
-        """Where each row's next token stands, [B]."""
+        """Position of each row's next token, [B]."""
         return mx.array([entry.offset for entry in self.entries])
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[list[Any], list[Any]]:

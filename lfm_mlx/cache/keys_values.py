@@ -79,7 +79,7 @@ class GrowingKVCache(ChunkedGrowth, KVCache):  # pyright: ignore[reportIncompati
 
 @dataclass(frozen=True)
 class KVQuantization:
-    """How keys and values are quantized, and from which token on; those before it with them."""
+    """Quantization of keys and values, once there are `start` tokens; then of all of them."""
 
     bits: int
     group_size: int = 64
@@ -111,7 +111,7 @@ class KVQuantization:
         return cls(bits, fitting[0] if group_size is None else group_size, start)
 
     def nbytes(self, config: Config, tokens: int, itemsize: int) -> int:
-        """What the cache of `tokens` tokens takes; `itemsize` bytes for scale, bias and window."""
+        """Bytes of a cache of `tokens` tokens; `itemsize` bytes for scale, bias and window."""
         windows = config.cache_bytes(0, itemsize)
         values = (config.cache_bytes(tokens, itemsize) - windows) // itemsize
         return windows + values * self.bits // 8 + 2 * values // self.group_size * itemsize
@@ -124,7 +124,7 @@ def listed(choices: Sequence[int]) -> str:
 def quantize_cache(cache: Cache, quantization: KVQuantization | None) -> None:
     """Replace the entries that have reached `quantization.start` by quantized ones, in place.
 
-    Raises InputError where entries are quantized otherwise, or belong to a batch.
+    Raises InputError if entries are quantized otherwise, or belong to a batch.
     """
     if quantization is None:
         return

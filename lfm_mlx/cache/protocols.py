@@ -1,4 +1,4 @@
-"""What a layer's memory must be able to do; mlx-lm's cache classes and ours both can.
+"""Protocols for a layer's memory, which mlx-lm's cache classes and ours both satisfy.
 
 A cache is a list with one entry a layer: a ConvWindow for a convolution, and for an attention
 whatever stores its keys and values.
@@ -45,7 +45,7 @@ class KeysValues(Protocol):
         ...
 
     def size(self) -> int:
-        """How many columns are stored."""
+        """Number of columns stored."""
         ...
 
     def is_trimmable(self) -> bool: ...

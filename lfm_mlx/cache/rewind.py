@@ -47,7 +47,7 @@ def rewind(cache: Cache, length: int) -> None:
     stored = cached_tokens(cache)
     if not 0 <= length <= stored:
         raise InputError(
-            f"cannot rewind to {length} tokens; the cache holds {stored}: give 0 to that"
+            f"cannot rewind to {length} tokens: the cache holds {stored}; expected 0 to {stored}"
         )
     if length < stored and not can_trim_prompt_cache(cache):
         raise InputError(
@@ -93,7 +93,7 @@ def replay_views(cache: Sequence[LayerCache], count: int) -> list[Any]:
 
 
 def common_length(cache: Cache, prompt: Sequence[int]) -> int:
-    """How many tokens at its beginning `prompt` shares with what the cache has read.
+    """Length of the longest common prefix of `prompt` and the cached tokens.
 
     Never all of them: one token is left to read. The cache is not changed: `rewind` it to there.
     """

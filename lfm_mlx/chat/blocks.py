@@ -27,7 +27,7 @@ class Block(Protocol):
         ...
 
     def open(self) -> RenderableType:
-        """What is not settled yet."""
+        """The part that is not settled yet."""
         ...
 
     def close(self) -> Iterator[RenderableType]:
@@ -121,7 +121,7 @@ class Called:
 
 
 class Tail:
-    """What is open of a block whenever it is drawn: its last lines, and the status below them."""
+    """The open part of a block whenever it is drawn: its last lines, and the status below them."""
 
     def __init__(self, block: Block, status: Callable[[], str]):
         self._block, self._status = block, status

@@ -1,4 +1,4 @@
-"""What a person can ask of the chat itself, by lines that begin with a slash."""
+"""Commands to the chat itself: lines that begin with a slash."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ NONE = "none"
 
 
 class Command(NamedTuple):
-    """What may follow the name, what it does in words, and the doing."""
+    """A command's argument, its help text, and the function that runs it."""
 
     argument: str
     help: str
@@ -130,7 +130,7 @@ COMMANDS = {
     "system": Command("[TEXT|none]", "show or set the system message", change_system),
     "reset": Command("", "begin a new conversation", reset),
     "undo": Command("", "take back your last message and its answer", undo),
-    "edit": Command("[TEXT]", "put your last message otherwise", edit),
+    "edit": Command("[TEXT]", "edit your last message and ask again", edit),
     "save": Command("[FILE]", "keep the conversation as JSON", save),
     "load": Command("FILE", "go on with a saved conversation", load),
     "tools": Command("[FILE|none]", "list the tools, or offer those of a Python file", tools),

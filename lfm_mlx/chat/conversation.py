@@ -1,4 +1,4 @@
-"""What was said, and the file it is kept in."""
+"""The messages of a conversation, and the file they are kept in."""
 
 import json
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Conversation:
         return [*system, *self.messages]
 
     def last_question(self) -> str:
-        """What the user said last. Raises InputError where nothing was said."""
+        """The user's last message. Raises InputError if there is none."""
         return template_messages([self.messages[self._last_turn()]])[0]["content"]
 
     def undo(self) -> None:
@@ -52,7 +52,7 @@ class Conversation:
 
     @classmethod
     def load(cls, path: str | Path) -> "Conversation":
-        """What `save` wrote. Raises InputError."""
+        """Read what `save` wrote. Raises InputError."""
         path = Path(path).expanduser()
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ class Conversation:
         except ValueError as error:
             raise InputError(f"{path}: is not JSON ({one_line(error)})") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{path}: is no conversation that /save wrote")
+            raise InputError(f"{path}: is not a conversation that /save wrote")
         return cls._of(path, content.get("messages"))
 
     @classmethod

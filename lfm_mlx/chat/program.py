@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def conversation_of(args: argparse.Namespace) -> Conversation:
-    """What --conversation holds, with the system message that --system asks for."""
+    """The conversation in --conversation, with the system message of --system."""
     conversation = Conversation()
     if args.conversation is not None and Path(args.conversation).expanduser().exists():
         conversation = Conversation.load(args.conversation)

@@ -104,7 +104,7 @@ def keys() -> KeyBindings:
 
 
 def history() -> History:
-    """What was typed before, in the user's state folder; of this run only where it cannot be."""
+    """Lines typed before, from the user's state folder; none if it cannot be written."""
     folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "lfm_mlx"
     file = folder / "chat_history"
     try:

@@ -15,7 +15,7 @@ MOST_ROUNDS = 8
 
 
 class Session:
-    """What the commands act on.
+    """A conversation under way, which the commands act on.
 
     tools: on offer, or None
     tool_seconds: how long a call of a tool may take

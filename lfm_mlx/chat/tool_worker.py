@@ -35,7 +35,7 @@ def functions_of(path: Path) -> dict[str, Callable[..., Any]]:
     sys.path[0] = str(path.parent)
     spec = importlib.util.spec_from_file_location(MODULE, path)
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path.name} is no Python file")
+        raise ImportError(f"{path.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE] = module
     spec.loader.exec_module(module)
@@ -51,7 +51,7 @@ def tool_of(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     adapter: TypeAdapter[Any] = TypeAdapter(function)  # pyright: ignore[reportArgumentType]
     schema = adapter.json_schema(schema_generator=PlainSchema)
     if schema.get("type") != "object":
-        raise TypeError(f"{name}: parameters must be possible to give by name")
+        raise TypeError(f"{name}: positional-only parameters are not supported")
     schema.pop("additionalProperties", None)
     text = docstring_parser.parse(inspect.getdoc(function) or "")
     for parameter in text.params:
@@ -64,7 +64,7 @@ def tool_of(name: str, function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def called(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
-    """What the function returns, as text."""
+    """The function's result, as text."""
     result = validate_call(function)(**arguments)
     if inspect.iscoroutine(result):
         result = asyncio.run(result)

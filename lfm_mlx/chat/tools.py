@@ -23,7 +23,7 @@ class ToolError(Exception):
 
 
 class Tools:
-    """What a file offers.
+    """The functions of a Python file, offered as tools.
 
     schemas: the tools as in a chat request
     seconds: how long a call, and the reading of the file, may take
@@ -90,5 +90,5 @@ def end_group(leader: int) -> None:
 
 
 def failure(reason: str) -> str:
-    """What a model is told in place of a result."""
+    """The text a model is given in place of a result."""
     return json.dumps({"error": reason}, ensure_ascii=False)

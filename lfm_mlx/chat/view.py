@@ -1,4 +1,4 @@
-"""What a conversation needs of whoever shows it to a person."""
+"""Protocol of whoever shows a conversation to a person."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -22,7 +22,7 @@ class View(Protocol):
         ...
 
     def confirm(self, question: str) -> str:
-        """The person's answer to a question, empty where there is none."""
+        """The person's answer to a question, empty if there is none."""
         ...
 
     def show(self, segments: Iterable[Segment]) -> None:
@@ -30,9 +30,9 @@ class View(Protocol):
         ...
 
     def say(self, text: str) -> None:
-        """What the person asked for."""
+        """Print a command's result."""
         ...
 
     def note(self, text: str) -> None:
-        """An aside."""
+        """Print a dim remark."""
         ...

@@ -34,7 +34,7 @@ def render(
     date: the day the template tells, YYYY-MM-DD; by default today
     options: passed to the template (`add_generation_prompt`, `preserve_thinking`, …)
 
-    Raises InputError when the tokenizer has no chat template, when a message or a tool is not as it
+    Raises InputError if the tokenizer has no chat template, when a message or a tool is not as it
     should be, or when the template refuses them.
     """
     if not tokenizer.chat_template:

@@ -72,7 +72,7 @@ class Segmenter:
             yield from self._add(part)
 
     def finish(self) -> Iterator[Segment]:
-        """What is left when the answer is over."""
+        """The remaining segments once the answer is over."""
         for part in self._finder.finish():
             yield from self._add(part)
         yield from self._finish()
@@ -108,7 +108,7 @@ class Segmenter:
         self._kind, self._begins = kind, True
 
     def _ends(self) -> list[int]:
-        """Where the tag that ends a call stands in what has arrived of it."""
+        """Positions, among the parts of a call, of the tag that ends it."""
         places = enumerate(self._call)
         return [at for at, part in places if isinstance(part, Tag) and part == CALL_END]
 
@@ -138,7 +138,7 @@ class Segmenter:
         yield Segment(TOOL_CALL, text, True, calls)
 
     def _give_up(self, reason: str) -> Iterator[Segment]:
-        """What stands before the first end of the call is text, and what follows is read anew."""
+        """Turn everything up to the first end of the call into text, and read the rest again."""
         end = self._ends()[0] + 1
         block, rest, self._call = self._call[:end], self._call[end:], []
         self._enter(TEXT)

@@ -40,7 +40,7 @@ class TagFinder:
             yield from self._unless_quoted(part)
 
     def finish(self) -> Iterator[str]:
-        """What was held back."""
+        """The text that was held back."""
         if self._held:
             yield from self._unless_quoted(self._held)
         if self._waiting:
@@ -75,7 +75,7 @@ class TagFinder:
 
 
 def longest_beginning(text: str, tags: Iterable[str]) -> int:
-    """How many characters at the end of `text` could be the beginning of a tag."""
+    """Number of characters at the end of `text` that could begin a tag."""
     longest = max(map(len, tags)) - 1
     sizes = range(min(longest, len(text)), 0, -1)
     return next((n for n in sizes if any(tag.startswith(text[-n:]) for tag in tags)), 0)

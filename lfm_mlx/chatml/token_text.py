@@ -32,7 +32,7 @@ class TextStream:
         return [*self.finish(), Tag(text) if text in ALL_TAGS else self._words(text)]
 
     def finish(self) -> list[str]:
-        """What is left: a replacement character where a character was never completed."""
+        """The remaining text: a replacement character if a character was never completed."""
         left = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return self._pieces(left)

@@ -1,4 +1,4 @@
-"""What a tokenizer must be able to do here: mlx-lm's wrapper and Hugging Face's tokenizers can."""
+"""Protocol for tokenizers, which mlx-lm's wrapper and Hugging Face's satisfy."""
 
 from collections.abc import Collection
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ class Tokenizer(Protocol):
         ...
 
     def get_added_vocab(self) -> dict[str, int]:
-        """The tokens that are no result of BPE: tags and special ones."""
+        """Added tokens, which BPE does not produce: tags and special ones."""
         ...
 
     def convert_ids_to_tokens(self, ids: int) -> str | None: ...

@@ -27,7 +27,7 @@ ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "I8": 1, "U16": 2,
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a shard's header says of one tensor; `dtype` in safetensors' spelling (BF16, U32, …)."""
+    """One tensor's entry in a shard's header; `dtype` in safetensors' spelling (BF16, U32, …)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -183,7 +183,7 @@ def is_pointer(file: Path) -> bool:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder that is no checkpoint holds, and what was expected."""
+    """Describe a folder that is not a checkpoint, and what was expected."""
     expected = "a folder with config.json and .safetensors files"
     if (folder / "adapter_config.json").exists():
         return f"it is an adapter; expected the model it was trained on: {expected}"

@@ -1,4 +1,4 @@
-"""Where a model comes from: `demo`, a local folder, or a repository of the hub.
+"""Sources of a model: `demo`, a local folder, or a repository of the hub.
 
 A repository is downloaded once, with the files a model needs and no others: its small files first,
 which are judged before its weights are fetched. Without a network, or with a cache that cannot be
@@ -107,7 +107,7 @@ def _require_disk(name: HubName, files: list[str], folder: Path, cache: Path | N
 
 
 def _what_else(name: HubName) -> str:
-    """What a repository without config.json at its top has, and what to do."""
+    """Describe a repository without config.json at its top, and what to do."""
     try:
         files = huggingface_hub.HfApi().list_repo_files(name.repository, revision=name.revision)
     except (OSError, HTTPError, ValueError):
@@ -189,7 +189,7 @@ def _why_not_here(error: LocalEntryNotFoundError) -> str:
 
 
 def _refusal(error: HfHubHTTPError) -> str:
-    """What the hub's answer means, and what to do."""
+    """Explain the hub's answer, and what to do."""
     status = error.response.status_code
     if status == 401:
         return "the hub does not accept the token; renew it with `hf auth login`"

@@ -1,4 +1,4 @@
-"""What a person types for a model: a hub's USER/NAME with a revision, or advice in one line."""
+"""Names of models as a person types them: USER/NAME with a revision, or advice in one line."""
 
 import difflib
 import re
@@ -42,7 +42,7 @@ def hub_name(text: str, revision: str | None = None) -> HubName:
 
 
 def advice(text: str) -> str:
-    """What is wrong with a name that is neither a folder's nor a repository's, and what to do."""
+    """Explain what is wrong with a name of neither folder nor repository, and what to do."""
     path = Path(text).expanduser()
     if path.suffix == ".gguf":
         return f"GGUF files are not read; take safetensors: {QUANTIZED}"

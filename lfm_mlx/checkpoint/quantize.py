@@ -28,7 +28,7 @@ NEVER = (r".*\.feed_forward\.gate",)
 
 @dataclass(frozen=True)
 class Quantization:
-    """How one matrix is packed: `bits` an element, `group_size` elements sharing a scale."""
+    """Quantization of one matrix: `bits` an element, `group_size` elements sharing a scale."""
 
     bits: int
     group_size: int
@@ -38,7 +38,7 @@ class Quantization:
     def of(
         cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None
     ) -> "Quantization":
-        """A packing with its mode's defaults filled in. Raises InputError when MLX lacks it."""
+        """A packing with its mode's defaults filled in. Raises InputError if MLX lacks it."""
         if not isinstance(mode, str) or mode not in MODES:
             raise InputError(f"quantization mode is {mode!r}; supported: {', '.join(MODES)}")
         accepted_bits, accepted_groups = MODES[mode]
@@ -75,7 +75,7 @@ class Quantization:
         return dict(zip(("weight", "scales", "biases"), parts, strict=False))
 
     def nbytes(self, size: int, itemsize: int) -> int:
-        """What `size` elements take, packed from floats of `itemsize` bytes."""
+        """Bytes of `size` elements, quantized from floats of `itemsize` bytes."""
         shared = 2 * itemsize if self.mode == "affine" else 1  # scale and bias, or an 8-bit scale
         return size * self.bits // 8 + size // self.group_size * shared
 
@@ -91,7 +91,7 @@ class Recipe:
     rules: tuple[tuple[str, Quantization | None], ...] = ()
 
     def packing(self, path: str) -> Quantization | None:
-        """How the module at `path` is packed, if its width allows; None: it stays floating."""
+        """Quantization of the module at `path`; None if it stays floating."""
         rules = (*((pattern, None) for pattern in NEVER), *self.rules)
         return next((p for pattern, p in rules if re.fullmatch(pattern, path)), self.default)
 
@@ -113,7 +113,7 @@ def packable(model: nn.Module) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint has of one packed matrix: its words, and the scales of their groups."""
+    """One quantized matrix in a checkpoint: its words, and the scales of their groups."""
 
     weight: TensorInfo
     scales: TensorInfo

@@ -98,7 +98,7 @@ def build_each(
 def plan(
     config: Config, tensors: Mapping[str, TensorInfo], expected: Mapping[str, mx.array]
 ) -> list[Parameter]:
-    """How every parameter in `expected` (name → array of its shape and dtype) is made of `tensors`.
+    """Plan how to make every parameter in `expected` (name → array of its shape) from `tensors`.
 
     In the order of the model's layers. Raises InputError that lists, sorted, the tensors that are
     missing, left over, of a wrong shape, or floating where packed integers belong (or vice versa).

@@ -1,1 +1,1 @@
-"""What commands share: their options, their exit codes, and how they print."""
+"""Shared by commands: their options, their exit codes, and their printing."""

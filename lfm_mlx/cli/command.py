@@ -1,4 +1,4 @@
-"""How a command ends: the exit codes and the one line that tells a person what went wrong.
+"""The end of a command: exit codes, and the one line that says what went wrong.
 
 0 done, 2 wrong use or bad input (one line on stderr), 130 interrupted. Everything a user can get
 wrong raises InputError; any other exception is a fault of ours and keeps its traceback.

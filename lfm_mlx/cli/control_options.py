@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def control_of(args: argparse.Namespace) -> Control:
-    """What the options ask for.
+    """The Control that the options ask for.
 
     Raises InputError for files that cannot be read, and for options that exclude each other.
     """

@@ -45,7 +45,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 class SelectedModel:
-    """The model that the options name; its weights are read by `load`, all else at once.
+    """The model that the options name: everything but its weights is read at once.
 
     Raises InputError for what is not there, or not a model of this family.
     """
@@ -68,9 +68,9 @@ class SelectedModel:
     def require_room(
         self, context: int, cache_bytes: Callable[[int, int], int] | None = None
     ) -> None:
-        """Raise InputError when weights and a cache of `context` tokens cannot fit, unless forced.
+        """Raise InputError if weights and a cache of `context` tokens cannot fit, unless forced.
 
-        cache_bytes: of so many tokens at so many bytes a value; the config's when None
+        cache_bytes: of so many tokens at so many bytes a value; the config's if None
         """
         if self.args.force:
             return
@@ -95,7 +95,7 @@ def sampling_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Sampling:
 
 
 def day(text: str | None) -> str:
-    """The day as YYYY-MM-DD; today when None."""
+    """The day as YYYY-MM-DD; today if None."""
     try:
         return (datetime.date.fromisoformat(text) if text else datetime.date.today()).isoformat()
     except ValueError:

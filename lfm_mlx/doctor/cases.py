@@ -41,7 +41,7 @@ DRAW = 0.25
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the shapes follow from: LFM2.5-8B-A1B's. A vocabulary of 0 leaves out the head."""
+    """Sizes that the shapes follow from: LFM2.5-8B-A1B's. A vocabulary of 0 leaves out the head."""
 
     hidden: int = 2048
     dense: int = 7168
@@ -81,7 +81,7 @@ class Case:
         return outputs(self.door(**inputs, use_kernel=False))
 
     def exact(self) -> Arrays:
-        """What the reference makes of the same numbers in float32, on the CPU."""
+        """The reference's outputs for the same numbers in float32, on the CPU."""
         with on_the_cpu():
             inputs = {name: wide(value) for name, value in self.inputs.items()}
             found = self.with_operations(inputs)
@@ -89,7 +89,7 @@ class Case:
         return found
 
     def chain(self, run: Run, length: int) -> list[Arrays]:
-        """What `length` runs give, each of which needs the one before it."""
+        """Outputs of `length` runs, each of which needs the one before it."""
         output, name = self.tie
         inputs, found = self.inputs, []
         for _ in range(length):

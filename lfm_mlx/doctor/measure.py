@@ -31,7 +31,7 @@ LONGEST_CHAIN = 200
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one case; errors are relative to the largest exact value."""
+    """Result of one case; errors are relative to the largest exact value."""
 
     kernel: str
     part: str
@@ -47,7 +47,7 @@ class Finding:
 
     @property
     def ratio(self) -> float | None:
-        """How long the kernel takes, in times of what the operations take."""
+        """Kernel time divided by reference time."""
         if self.kernel_microseconds is None:
             return None
         return self.kernel_microseconds / self.reference_microseconds
@@ -88,7 +88,7 @@ def operations_alone(case: Case, rounds: int) -> float:
 
 
 def attempt(case: Case) -> Arrays | str:
-    """What the kernel gives, or why it does not run."""
+    """The kernel's outputs, or the reason why it does not run."""
     try:
         found = case.with_kernel(case.inputs)
         mx.eval(found)
@@ -98,7 +98,7 @@ def attempt(case: Case) -> Arrays | str:
 
 
 def distances(case: Case, got: Arrays) -> list[tuple[float, float]]:
-    """How far each output of kernel and operations is from exact."""
+    """Distance of each output of kernel and operations from the exact one."""
     same, exact = case.with_operations(case.inputs), case.exact()
     return [
         (distance(ours, wanted) if alike(ours, theirs) else float("inf"), distance(theirs, wanted))
@@ -120,7 +120,7 @@ def distance(found: mx.array, exact: mx.array) -> float:
 
 
 def microseconds(runs: Mapping[str, Run], case: Case, rounds: int) -> dict[str, float]:
-    """What one run of each takes: medians of `rounds`, in which they take turns."""
+    """Seconds for one run of each: medians of `rounds`, in which they take turns."""
     for run in runs.values():
         seconds(run, case, 1)
     once = max(seconds(run, case, 1) for run in runs.values())
@@ -133,7 +133,7 @@ def microseconds(runs: Mapping[str, Run], case: Case, rounds: int) -> dict[str, 
 
 
 def seconds(run: Run, case: Case, length: int) -> float:
-    """What a chain of runs takes once Python has built it."""
+    """Seconds for a chain of runs once Python has built it."""
     chain = case.chain(run, length)
     began = time.perf_counter()
     mx.eval(chain)

@@ -1,4 +1,4 @@
-"""What this machine makes of every kernel: right or wrong, faster or slower than the operations.
+"""Check every Metal kernel on this machine: right or wrong, faster or slower than the operations.
 
     python -m lfm_mlx.doctor
     python -m lfm_mlx.doctor --quick --dtype bfloat16 --kernel experts
@@ -103,7 +103,7 @@ def number(value: float | None, width: int, form: str) -> str:
 
 
 def show_opinions(matters: dict[str, list[str]]) -> str | None:
-    """Say it plainly; returns the setting that leaves out what is no good, None if nothing is."""
+    """Print the verdict; returns the setting that leaves out faulty or slow kernels, or None."""
     print()
     left_out = {name for kernels in matters.values() for name in kernels}
     if not left_out:

@@ -1,4 +1,4 @@
-"""What findings say of the kernels on this machine, and the setting that leaves some out."""
+"""Verdicts on the kernels of this machine, and the setting that leaves some out."""
 
 import statistics
 from collections.abc import Collection, Sequence
@@ -8,7 +8,7 @@ from lfm_mlx.kernels import metal
 
 
 def opinions(found: Sequence[Finding]) -> dict[str, list[str]]:
-    """The kernels that something is the matter with, by what it is."""
+    """Faulty or slow kernels, by verdict."""
     by_kernel = {name: [row for row in found if row.kernel == name] for name in metal.OPERATIONS}
     matters: dict[str, list[str]] = {
         verdict: [

@@ -1,4 +1,4 @@
-"""How much memory caches may take: those of rows first, stored ones with what is left.
+"""Memory for caches: those of rows first, stored ones with what is left.
 
     device x 0.9 - weights - working memory - buffers that MLX keeps for reuse
 
@@ -40,7 +40,7 @@ class Budget:
 
     @classmethod
     def of(cls, model: Model, kv_quantization: KVQuantization | None = None) -> "Budget":
-        """What this device leaves beside the model. Raises InputError if that is nothing."""
+        """The budget that this device leaves beside the model. Raises InputError if none."""
         parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
         weights = sum(array.nbytes for array in parameters.values())
         there = int(device.device_bytes() * SHARE)
@@ -54,7 +54,7 @@ class Budget:
         return cls(model.config, capacity, itemsize, kv_quantization)
 
     def nbytes(self, tokens: int) -> int:
-        """What the cache of one row takes, with the room that it grows into."""
+        """Bytes of one row's cache, with the room that it grows into."""
         grown = tokens + max(GROWTH_TOKENS, tokens // 16)
         if self.kv_quantization is not None and tokens >= self.kv_quantization.start:
             return self.kv_quantization.nbytes(self.config, grown, self.itemsize)
@@ -85,5 +85,5 @@ class Budget:
 
 
 def active_bytes() -> int:
-    """What MLX holds at the moment, without the buffers it keeps for reuse."""
+    """Bytes that MLX holds, without the buffers it keeps for reuse."""
     return mx.get_active_memory()

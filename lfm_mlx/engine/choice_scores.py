@@ -1,4 +1,4 @@
-"""How likely each of several answers is, by the model's own probabilities: classification."""
+"""Log-likelihood scoring of several answers, by the model's own probabilities: classification."""
 
 import math
 from collections.abc import Collection, Sequence

@@ -1,4 +1,4 @@
-"""What may come next in an answer: a Constraint allows tokens, and is told which one came.
+"""Constraints on an answer: a Constraint allows tokens, and is told which one came.
 
 Knows token ids only. A token that must come is the only one allowed, so that it is drawn, counted
 and read by the model like any other.
@@ -49,7 +49,7 @@ class Without:
         return self._mask
 
     def advance(self, token: int) -> None:
-        """Nothing changes."""
+        """Do nothing: the mask never changes."""
 
 
 class OneOf:

@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Reading:
-    """How tokens are read into a cache.
+    """Settings for reading tokens into a cache.
 
     chunk: prompt tokens read in one pass; working memory depends on it
     kv_quantization: of keys and values, those that the cache has already with them
@@ -151,7 +151,7 @@ def decode(
 def _draw(
     sampler: Sampler, logits: mx.array, constraint: Constraint | None, token: mx.array | None = None
 ) -> tuple[mx.array, mx.array]:
-    """What follows `token` [1], from the logits [1, V] after it.
+    """Sample the token after `token` [1] from logits [1, V]; returns it with its log-probability.
 
     A constraint must know the token first; it makes its mask while the device reads that token.
     """
@@ -196,7 +196,7 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
 def room_for_answer(config: Config, prompt_tokens: int, max_tokens: int) -> int:
     """The tokens that may be generated: `max_tokens`, or what the model's maximum leaves.
 
-    Raises InputError when the prompt leaves nothing.
+    Raises InputError if the prompt leaves nothing.
     """
     room = config.max_position_embeddings - prompt_tokens
     if room < 1:

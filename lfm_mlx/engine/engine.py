@@ -41,7 +41,7 @@ class Overloaded(InputError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine keeps to.
+    """Limits of an engine.
 
     rows: decoded together; kernels serve up to 8 at a time
     waiting: jobs that may wait

@@ -27,7 +27,7 @@ class Vocabulary:
     special: tokens that stand for no text, which a grammar names by their ids: `<[7]>`
     stop_ids: what may end an answer that is complete
 
-    Raises InputError where llguidance is not installed, or nothing can end an answer.
+    Raises InputError if llguidance is not installed, or nothing can end an answer.
     """
 
     def __init__(self, words: Sequence[bytes], special: Collection[int], stop_ids: Collection[int]):
@@ -44,7 +44,7 @@ class Vocabulary:
 
 
 class _Table:
-    """What llguidance asks of a tokenizer. It never encodes here, so longest match will do."""
+    """A tokenizer as llguidance wants it. It never encodes here, so longest match will do."""
 
     bos_token_id = None
 

@@ -1,4 +1,4 @@
-"""What an engine is asked (Job), and what it tells of it (Event). Frozen; token ids only.
+"""An engine's requests (Job) and its answers (Event). Frozen; token ids only.
 
     Job(prompt, max_tokens=256, sampling=Sampling(), stop_ids=frozenset({7}))
 
@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a prompt shares with tokens that were read before.
+    """The part of a prompt that was read before.
 
     tokens: how many, all reused
     ended: why not more: `whole` (only the last token is left to read), `end` (of what was stored),

@@ -16,7 +16,7 @@ SHORTEST_RUN, LONGEST_RUN = 2, 4
 class NGramIndex:
     """The tokens so far, and where those at their end have occurred before.
 
-    source: index of the token that followed the earlier occurrence, None where there is none; of
+    source: index of the token that followed the earlier occurrence, None if there is none; of
         several the one with the longest run, and of these the most recent
     run: how many tokens before `source` are known to equal those at the end
     """
@@ -51,7 +51,7 @@ class NGramIndex:
             after[run] = end
 
     def continuation(self, count: int) -> list[int]:
-        """What followed the earlier occurrence; where that reaches the end, it repeats."""
+        """The tokens after the earlier occurrence; if they reach the end, they repeat."""
         if self.source is None:
             return []
         period = len(self.tokens) - self.source

@@ -47,7 +47,7 @@ def read_parts(
 
 
 def read_together(lengths: Sequence[int], most: int) -> int:
-    """How many of these prompts' parts to read in one pass, from the first one on.
+    """Number of these prompts' parts to read in one pass, from the first one on.
 
     lengths: tokens of each, the one whose turn it is first
     most: tokens of a pass, padding with them

@@ -41,7 +41,7 @@ PARTS = ("weight", "scales", "biases")
 
 
 def fingerprint(model: Model) -> str:
-    """What tells models apart: config, every parameter's shape, and values spread over each.
+    """Hash of a model: config, every parameter's shape, and values spread over each.
 
     The same in every process, and for one checkpoint in every dtype it can be loaded in.
     """
@@ -89,7 +89,7 @@ def save(path: str | Path, cache: Cache, model: Model, tokenizer: str = "") -> N
 
 
 def layer_facts(entry: Any) -> dict[str, int]:
-    """What an entry's arrays do not tell. Raises InputError for an entry that is not ours."""
+    """Facts of an entry beside its arrays. Raises InputError for an entry that is not ours."""
     if isinstance(entry, ConvWindow) and entry.rows == 1 and not entry.left_padding:
         return {"stale": int(entry.stale)}
     if isinstance(entry, GrowingQuantizedKVCache):
@@ -165,7 +165,7 @@ def load(path: str | Path, model: Model, tokenizer: str = "") -> Cache:
 
 
 def load_or_new(path: str | Path, model: Model, tokenizer: str = "") -> Cache:
-    """What `path` has, or an empty cache where it is still to be made.
+    """The cache in `path`, or an empty one if there is no such file yet.
 
     Raises InputError as `load` does, and where no file could be made.
     """
@@ -173,7 +173,7 @@ def load_or_new(path: str | Path, model: Model, tokenizer: str = "") -> Cache:
     if path.exists():
         return load(path, model, tokenizer)
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written; {path.parent} is no folder to write in")
+        raise InputError(f"{path}: cannot be written; {path.parent} is not a folder to write in")
     return model.make_cache()
 
 

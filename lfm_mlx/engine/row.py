@@ -87,7 +87,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What was drawn for some rows, still lazy.
+    """Tokens drawn for some rows, still lazy.
 
     places: where each row's numbers are in `tokens` and `logprobs` [B]
     tops: ids and log-probabilities, [n] each, of the rows that asked for them

@@ -25,7 +25,7 @@ NONE_DRAWN = -1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. The defaults are what Liquid AI recommends for LFM2.5-8B-A1B.
+    """Sampling parameters. The defaults are what Liquid AI recommends for LFM2.5-8B-A1B.
 
     temperature: 0 or more; 0 takes the likeliest token
     top_k: draw among this many likeliest tokens, 0 for all · top_p, min_p: 0 to 1, 0 or 1 for off
@@ -63,7 +63,7 @@ class Sampling:
 
     @functools.cached_property
     def row(self) -> RowSampling:
-        """What the kernel takes."""
+        """The settings as the kernel takes them."""
         return RowSampling(*(getattr(self, name) for name in RowSampling._fields))
 
     @classmethod
@@ -250,7 +250,7 @@ class Sampler:
 
     @property
     def seen(self) -> Seen | None:
-        """What penalties look at, None if there are none."""
+        """The tokens that penalties look at; None without penalties."""
         return self.draws.seen
 
     def observe(self, tokens: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Who is next: a step of all rows, a part of somebody's prompt, or nobody. No arrays, no waiting.
+"""Scheduling: a step of all rows, a part of a prompt, or nothing. No arrays, no waiting.
 
 While rows decode, prompts get a share of the time and rows the rest, so neither ever waits for long
 for the other; alone, either gets all. A part of a prompt is as long as its share of a short while
@@ -57,13 +57,13 @@ class Scheduler:
             )
 
     def turn(self, rows: int, prompts: int) -> Turn:
-        """What to do for this many rows and prompts."""
+        """Choose the next turn for this many rows and prompts."""
         if prompts and (not rows or self.credit > 0):
             return "chunk"
         return "step" if rows else "idle"
 
     def chunk_tokens(self, rows: int) -> int:
-        """How many tokens of prompts to read at a time while this many rows wait."""
+        """Number of prompt tokens to read at a time while this many rows wait."""
         if not rows:
             return LONGEST_CHUNK
         if self.tokens_per_second is None:

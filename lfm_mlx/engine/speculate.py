@@ -82,7 +82,7 @@ class Pass:
     draft: list[int]
 
     def accepted(self) -> int:
-        """How many drafted tokens are those that were drawn."""
+        """Number of drafted tokens that equal those drawn."""
         if not self.draft:
             return 0
         drawn = np.array(self.tokens[:-1])
@@ -126,7 +126,7 @@ class Speculation:
             running = following
 
     def draft(self, token: mx.array, left: int) -> tuple[list[int], bool]:
-        """What to read after `token` when `left` steps remain, and whether it was waited for.
+        """Tokens to read after `token` if `left` steps remain, and whether `token` was waited for.
 
         Waiting leaves the device idle, so it is for a match only; and of those it lets through the
         ones that foretold this token.

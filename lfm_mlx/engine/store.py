@@ -1,4 +1,4 @@
-"""What was read before, to be gone on from: caches by the tokens they hold.
+"""Store of prefixes: caches by the tokens they hold, for prompts that begin the same.
 
 A prompt goes on from the cache that it shares the most tokens with: one that is stored, or that of
 a row at work. A stored one is moved if the prompt goes on from its end. Of any other the common
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Source:
-    """What a prompt could go on from.
+    """A cache that a prompt could continue.
 
     entry: if it is stored, else it is at work: only copied
     """
@@ -71,7 +71,7 @@ class Store:
     def find(
         self, prompt: Sequence[int], owner: str, at_work: Iterable[Source] = ()
     ) -> tuple[Source | None, Prefix]:
-        """What shares the longest beginning with the prompt, and how long that is.
+        """Find the source that shares the longest prefix with the prompt.
 
         At least the prompt's last token is left to read.
         """
@@ -140,7 +140,7 @@ class Store:
 
 
 def common(stored: Tokens, wanted: Tokens) -> Prefix:
-    """What a prompt shares with stored tokens."""
+    """Common prefix of a prompt and stored tokens."""
     most = min(len(stored), len(wanted) - 1)
     differ = np.nonzero(stored[:most] != wanted[:most])[0]
     if differ.size:

@@ -29,7 +29,7 @@ class ThinkTags:
 class Thinking:
     """A Constraint: a think block or none, then an answer that `answer` constrains.
 
-    tags: None where the model has none, and so never thinks
+    tags: None if the model has none, and so never thinks
     budget: the most tokens of thought, last words and tags not counted; None for any number
     answer: None for any answer; thinking is then free to end the turn, or to be taken up again
 

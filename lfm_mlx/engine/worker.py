@@ -163,7 +163,7 @@ class Worker:
             mx.clear_streams()
 
     def _turn(self, engine: Engine) -> bool:
-        """Obey what was asked, and do one thing; False when it is time to end."""
+        """Obey what was asked, and do one thing; False if it is time to end."""
         with self._wake:
             while not (self._asked or engine.busy or self._draining):
                 self._wake.wait()

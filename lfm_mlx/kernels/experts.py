@@ -100,7 +100,7 @@ def _refusal(
     down: Matrix,
     residual: mx.array | None,
 ) -> str | None:
-    """Why the kernels cannot take these inputs, None when they can."""
+    """Why the kernels cannot take these inputs, None if they can."""
     width, chosen = x.shape[-1], indices.shape[-1]
     if not width <= x.size <= MAX_TOKENS * width:
         return f"they take 1 to {MAX_TOKENS} tokens, got {x.size // width}"

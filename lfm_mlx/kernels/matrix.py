@@ -78,7 +78,7 @@ class Matrix(NamedTuple):
         return product.astype(x.dtype)
 
     def refusal(self, dtype: mx.Dtype) -> str | None:
-        """Why no kernel can read this matrix for activations of `dtype`, None when one can."""
+        """Why no kernel can read this matrix for activations of `dtype`, None if one can."""
         if self.weight.size < MIN_SIZE:
             return f"it takes {MIN_SIZE} stored weights or more, got {self.weight.size}"
         if self.scales is None:
@@ -97,7 +97,7 @@ class Matrix(NamedTuple):
         return None
 
     def constants(self, max_packs: int = 2) -> list[tuple[str, int | bool | mx.Dtype]]:
-        """How a kernel reads this matrix.
+        """Constants by which a kernel reads this matrix.
 
         W: what is stored, bytes or values · BITS: eighths of it that a value takes · GROUP: values
         sharing a scale · VALUES: how many neighbouring values a lane takes at once · PACKED

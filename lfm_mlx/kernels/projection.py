@@ -80,7 +80,7 @@ def _refusal(
     swiglu: bool,
     residual: mx.array | None,
 ) -> str | None:
-    """Why the kernel cannot take these inputs, None when it can."""
+    """Why the kernel cannot take these inputs; None if it can."""
     width = x.shape[-1]
     if not width <= x.size <= MAX_TOKENS * width:
         return f"it takes 1 to {MAX_TOKENS} tokens, got {x.size // width}"

@@ -71,7 +71,7 @@ def qk_norm_rope_reference(
 
 
 def _refusal(qkv: mx.array, q_weight: mx.array, k_weight: mx.array) -> str | None:
-    """Why the kernel cannot take these inputs, None when it can."""
+    """Why the kernel cannot take these inputs; None if it can."""
     if qkv.dtype not in metal.DTYPES or not qkv.dtype == q_weight.dtype == k_weight.dtype:
         return (
             "it takes projection and norms of one dtype, float32, float16 or bfloat16; got "

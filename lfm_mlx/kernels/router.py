@@ -118,7 +118,7 @@ def norm_router_reference(
 def _refusal(
     x: mx.array, norm_weight: mx.array, gate: Matrix, experts_per_token: int
 ) -> str | None:
-    """Why the kernel cannot take these inputs, None when it can."""
+    """Why the kernel cannot take these inputs; None if it can."""
     num_experts, width = gate.shape
     if x.dtype not in metal.DTYPES or x.dtype != norm_weight.dtype:
         return (

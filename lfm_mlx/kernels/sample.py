@@ -37,7 +37,7 @@ SETTINGS = 8
 
 
 class RowSampling(NamedTuple):
-    """How a row's token is drawn. Each default leaves its part out; temperature 0 is greedy."""
+    """Sampling settings of a row. Each default leaves its part out; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -53,7 +53,7 @@ class RowSampling(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What rows have read and drawn.
+    """Tokens that rows have read and drawn.
 
     counts: [B, V] uint16; bit 0: the token was read or drawn; the bits above: how often drawn
     last: [B] int32, the token drawn last, which `counts` lacks; -1 for none
@@ -66,7 +66,7 @@ class Seen(NamedTuple):
 class Drawn(NamedTuple):
     """Tokens [B] uint32, the logarithms of the probabilities the logits give them [B] float32.
 
-    seen: for the next draw, None where none was given
+    seen: for the next draw, None if none was given
     """
 
     tokens: mx.array
@@ -134,7 +134,7 @@ def sample_reference(
 
 
 def comparable(weights: mx.array) -> mx.array:
-    """What is not a number is never drawn."""
+    """Replace NaN by minus infinity, so that it is never drawn."""
     return mx.where(mx.isnan(weights), -mx.inf, weights)
 
 
@@ -185,7 +185,7 @@ def _token(weights: mx.array, row: RowSampling, number: float) -> mx.array:
 
 
 def _largest(weights: mx.array, count: int) -> mx.array:
-    """Where the `count` largest of [V] are, equal ones by index, in ascending order."""
+    """Indices of the `count` largest of [V], ascending; of equal ones the first."""
     order = mx.partition(weights, weights.size - count)
     least = order[weights.size - count]
     above, equal = weights > least, weights == least
@@ -231,7 +231,7 @@ def _last(shares: mx.array) -> mx.array:
 
 
 def _refusal(logits: mx.array, bias: mx.array | None, allowed: mx.array | None) -> str | None:
-    """Why the kernel cannot take these inputs, None when it can."""
+    """Why the kernel cannot take these inputs; None if it can."""
     if logits.dtype not in metal.DTYPES:
         return f"it takes logits in float32, float16 or bfloat16, got {logits.dtype}"
     if not MIN_VOCAB <= logits.shape[-1] <= MAX_VOCAB or logits.shape[0] < 1:

@@ -34,8 +34,8 @@ def short_conv(
     others are padding.
 
     Shapes:
-        bcx: [B, L, 3D] · taps: [D, W] · bias: [D] · window: [B, W-1, D], zeros when None
-        start, stop: [B] integers, 0 and L when None
+        bcx: [B, L, 3D] · taps: [D, W] · bias: [D] · window: [B, W-1, D], zeros if None
+        start, stop: [B] integers, 0 and L if None
         returns y [B, L, D] in bcx's dtype and the window after the last token [B, W-1, D]
     """
     run = short_conv_reference
@@ -94,7 +94,7 @@ def _last_columns(columns: mx.array, count: int, length: int, stop: mx.array | N
 def _refusal(
     bcx: mx.array, taps: mx.array, bias: mx.array | None, window: mx.array | None
 ) -> str | None:
-    """Why the kernel cannot take these inputs, None when it can."""
+    """Why the kernel cannot take these inputs; None if it can."""
     if not 2 <= taps.shape[1] <= MAX_TAPS:
         return f"it takes 2 to {MAX_TAPS} taps, got {taps.shape[1]}"
     if bcx.size == 0:

@@ -17,7 +17,7 @@ TILE_KEYS = 2048
 
 
 def attention_mask(cache: KeysValues | None, length: int) -> Mask:
-    """What `attend` needs to keep `length` new queries causal and off the padding."""
+    """The mask that keeps `length` new queries causal and off the padding."""
     if cache is not None:
         return cache.make_mask(length, return_array=False, window_size=None)
     return "causal" if length > 1 else None
@@ -103,7 +103,7 @@ def attend_block(
 ) -> mx.array:
     """Attention of a few queries [B, Hkv, R, L, Dh], already scaled, in float32.
 
-    seen: which keys each query sees: all when None, those up to its own when it is the first
+    seen: which keys each query sees: all if None, those up to its own when it is the first
         query's position, or a mask [B or 1, 1, 1, L, S]
     """
     batch, kv_heads, repeats, length, _ = queries.shape
@@ -130,7 +130,7 @@ def attend_block(
 def visible_keys(
     seen: mx.array | int | None, length: int, left: int, right: int
 ) -> mx.array | None:
-    """The mask of the keys [left, right) for `length` queries; None where they see them all."""
+    """The mask of the keys [left, right) for `length` queries; None if they see them all."""
     if isinstance(seen, mx.array):
         return seen[..., left:right]
     if seen is None or right <= seen + 1:

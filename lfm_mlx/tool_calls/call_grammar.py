@@ -44,7 +44,7 @@ def block_rules(parameters: Mapping[str, Schema], most: int = MOST_CALLS) -> str
 
 
 def json_rule(schema: Any, style: Mapping[str, Any] = _JSON_STYLE) -> str:
-    """What a value of this JSON Schema looks like as JSON."""
+    """Rule for a value of this JSON Schema, written as JSON."""
     schema = {True: {}, False: {"enum": []}}[schema] if isinstance(schema, bool) else schema
     return f"%json {json.dumps({**schema, 'x-guidance': style}, ensure_ascii=False)}"
 

@@ -24,7 +24,7 @@ _CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 
 class ParseError(ValueError):
-    """The text is no value or no call: says what was expected, and where.
+    """The text is not a value or a call: says what was expected, and where.
 
     open_string: the text ends inside a string
     """
@@ -158,5 +158,5 @@ def _unescaped(escape: re.Match[str]) -> str:
 
 
 def place(text: str, at: int) -> str:
-    """Where in the text, for an error line."""
+    """Position in the text, for an error line."""
     return f"character {at + 1} ({text[at : at + 12]!r})" if at < len(text) else "the end"

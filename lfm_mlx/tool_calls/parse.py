@@ -26,7 +26,7 @@ _Settled = list[tuple[str, dict[str, Any]]]
 
 
 class CallError(ValueError):
-    """The block is no call, for this reason.
+    """The block is not a call, for this reason.
 
     open_string: the text ends inside a string, so that more of it might complete the call
     """

@@ -26,7 +26,7 @@ _SEPARATORS = re.compile(r"[\s,;]*")
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument: key None where it has no name, UNPACKED for `**{…}`.
+    """One argument: key None if it has no name, UNPACKED for `**{…}`.
 
     doubtful: the string holds backslashes that may or may not be escapes
     """
@@ -45,7 +45,7 @@ class WrittenCall:
 
 
 class _Place(NamedTuple):
-    """Where in the text we are, what may come there, and what of the call before it matters."""
+    """State of the reader: position, what may follow, and what of the call before it matters."""
 
     state: str
     at: int

@@ -41,7 +41,7 @@ def parameters_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema
             raise InputError(f"tools[{place}]: expected a function with a name; got {tool!r:.60}")
         parameters = function.get("parameters") or {}
         if not isinstance(parameters, Mapping):
-            raise InputError(f"tools[{place}] ({name}): parameters are no JSON Schema")
+            raise InputError(f"tools[{place}] ({name}): parameters are not a JSON Schema")
         found[name] = parameters
     return found
 

@@ -188,8 +188,8 @@ def test_probabilities_of_choices_equal_brute_force(hostile: Model) -> None:
     [
         ({"max_thinking_tokens": -1}, "expected 0 or more"),
         ({"regex": "a", "choices": ("b",)}, "regex and choice exclude each other"),
-        ({"choices": ("a", "a")}, "expected different texts"),
-        ({"choices": ("a", "")}, "expected different texts"),
+        ({"choices": ("a", "a")}, "the choices must differ"),
+        ({"choices": ("a", "")}, "the choices must differ"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tool_choice": "nothing", "tools": TOOLS}, "auto, none, required, get_weather, now"),
         ({"tool_choice": "now", "tools": TOOLS, "regex": "a"}, "regex and tool_choice now"),
@@ -249,7 +249,7 @@ def test_the_command_calls_the_tool_that_is_named(
         (["--tools", "{file}"], "expected a list of tools"),
         (["--json-schema", "{broken}"], "is not JSON"),
         (["--no-thinking", "--max-thinking-tokens", "3"], "exclude each other"),
-        (["--choice", "a|a"], "expected different texts"),
+        (["--choice", "a|a"], "the choices must differ"),
     ],
 )
 def test_wrong_use_is_one_line(

@@ -173,9 +173,9 @@ def test_lines_can_be_added_to_requests_that_were_answered(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("a diary\n", "line 1 is no result of this command"),
-        ("a diary", "is no file of results"),
-        ('{"id": 1, "line": 1}\n{"id": 2}\n', "line 2 is no result of this command"),
+        ("a diary\n", "line 1 is not a result of this command"),
+        ("a diary", "is not a file of results"),
+        ('{"id": 1, "line": 1}\n{"id": 2}\n', "line 2 is not a result of this command"),
         ('{"id": "other", "line": 1}\n', "has a result for id 'other' in line 1"),
     ],
 )

@@ -71,8 +71,8 @@ def test_a_failed_save_leaves_what_was_there(
     ("content", "says"),
     [
         ("{", "is not JSON"),
-        ("[]", "no conversation that /save wrote"),
-        ('{"format": "another"}', "no conversation that /save wrote"),
+        ("[]", "not a conversation that /save wrote"),
+        ('{"format": "another"}', "not a conversation that /save wrote"),
         (json.dumps({"format": FORMAT, "messages": 3}), "expected a list"),
         (json.dumps({"format": FORMAT, "messages": [{"role": "king"}]}), "role is 'king'"),
     ],
