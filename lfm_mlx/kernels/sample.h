@@ -57,11 +57,11 @@ inline float share(float value, float top, float temperature) {
 
 // Whole numbers in the floats' order, and back.
 inline uint key_of(float value) {
-  const uint bits = metal::as_type<uint>(value);
+  const uint bits = as_type<uint>(value);
   return (bits & 0x80000000u) != 0u ? ~bits : bits | 0x80000000u;
 }
 inline float value_of(uint key) {
-  return metal::as_type<float>((key & 0x80000000u) != 0u ? key & 0x7fffffffu : ~key);
+  return as_type<float>((key & 0x80000000u) != 0u ? key & 0x7fffffffu : ~key);
 }
 
 // Over all GROUPS simdgroups of a threadgroup, of which every thread calls it.
