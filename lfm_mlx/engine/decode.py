@@ -168,7 +168,11 @@ def logprob_of(array: mx.array) -> float:
 
     Shapes: array [] or [1]
     """
-    logprob = number(array)
+    return checked_logprob(number(array))
+
+
+def checked_logprob(logprob: float) -> float:
+    """The log-probability. Raises InputError if it is NaN."""
     if math.isnan(logprob):
         raise InputError(
             "the model computes NaN: its weights hold NaN or infinity (check when loading tells), "

@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from lfm_mlx.engine.decode import checked_logprob
 from lfm_mlx.engine.job import Job, Prefix
 from lfm_mlx.engine.sample import Sampler
 from lfm_mlx.engine.speculate import Speculation
@@ -119,6 +120,11 @@ class Drawing:
         tokens, logprobs = np.array(self.tokens).tolist(), np.array(self.logprobs).tolist()
         taken = []
         for row, place in rows:
+            try:
+                checked_logprob(logprobs[place])
+            except InputError as error:
+                row.fail(error)
+                continue
             row.take(tokens[place])
             top = in_order(*self.tops[row]) if row in self.tops else ()
             taken.append(Taken(row, tokens[place], logprobs[place], top))

@@ -82,3 +82,12 @@ def test_one_that_fails_ends_alone(model: Model, tokenizer: Any) -> None:
     )}  # fmt: skip
     assert found["bad"].error == "RuntimeError: out of order"
     assert (found["good"].error, found["good"].finish_reason) == (None, "stop")
+
+
+def test_a_model_that_computes_nan_says_so(tokenizer: Any) -> None:
+    broken = load_model(DEMO_FOLDER)
+    broken.model.embedding_norm.weight = broken.model.embedding_norm.weight * float("nan")
+    asked = [(text, question(broken, tokenizer, text)) for text in TEXTS[:2]]
+    found = list(answer_many(broken, tokenizer, asked, GREEDY, size=2))
+    assert [one.generated_tokens for one in found] == [0, 0]
+    assert all(one.error is not None and "computes NaN" in one.error for one in found)
