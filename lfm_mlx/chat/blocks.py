@@ -1,22 +1,23 @@
 """The blocks of an answer as a terminal shows them: what is settled stays, the rest is redrawn.
 
-Markdown is drawn block by block: once another paragraph, list or fence begins, nothing that follows
-can change how the one before it looks. An unclosed fence or emphasis is drawn as far as it goes.
+An unclosed fence or emphasis is drawn as far as it goes. What a redraw costs has a bound, however
+long the block is.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.markdown import Markdown
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.segment import Segment as Drawn
 from rich.text import Text
 
+from lfm_mlx.chat.markdown import Markdown
+from lfm_mlx.chat.pieces import Cutter, Piece
 from lfm_mlx.cli.printer import escape_controls
 
-# Characters of a long thought that are drawn again and again while it goes on.
-LONGEST_OPEN = 8000
+# Characters at the end of an open block that are drawn again and again while it goes on.
+LONGEST_OPEN = 2000
 
 
 class Block(Protocol):
@@ -39,68 +40,64 @@ class Prose:
     """Text in Markdown."""
 
     def __init__(self) -> None:
-        self._text = ""
+        self._cutter = Cutter()
+        self._is_first = True
 
     def add(self, text: str) -> Iterator[RenderableType]:
-        self._text += escape_controls(text)
-        if "\n" not in text:
-            return
-        # What a line is may change until it is whole: `-` can be a list or a heading's underline.
-        whole = self._text[: self._text.rindex("\n") + 1]
-        *settled, last = markdown_blocks(whole)
-        self._text = last + self._text[len(whole) :]
-        yield from drawn(settled)
+        yield from self._drawn(self._cutter.add(escape_controls(text)))
 
     def open(self) -> RenderableType:
-        return Markdown(self._text)
+        piece = self._cutter.open(LONGEST_OPEN)
+        drawing = Markdown(piece.source, piece.part)
+        return drawing if self._is_first or piece.joins else Group("", drawing)
 
     def close(self) -> Iterator[RenderableType]:
-        yield from drawn(markdown_blocks(self._text))
-
-
-def markdown_blocks(text: str) -> list[str]:
-    """The text cut where its outermost Markdown blocks begin: at least one piece."""
-    lines = text.split("\n")
-    tokens = (token for token in Markdown(text).parsed if token.level == 0 and token.map)
-    begins = [token.map[0] for token in tokens if token.map]
-    ends = [*begins[1:], len(lines)]
-    pieces = ["\n".join(lines[a:b]) for a, b in zip([0, *begins[1:]], ends, strict=False)]
-    return [piece + "\n" for piece in pieces[:-1]] + pieces[-1:]
-
-
-def drawn(blocks: Iterable[str]) -> Iterator[RenderableType]:
-    """Each block with a line left free below it."""
-    for block in blocks:
-        if block.strip():
-            yield Markdown(block)
+        yield from self._drawn(self._cutter.close())
+        if not self._is_first:
             yield ""
+
+    def _drawn(self, pieces: Iterable[Piece]) -> Iterator[RenderableType]:
+        for piece in pieces:
+            if not (self._is_first or piece.joins):
+                yield ""
+            self._is_first = False
+            yield Markdown(piece.source, piece.part)
 
 
 class Thought:
     """Thinking: dim, or folded to one line."""
 
     def __init__(self, shown: bool):
-        self._shown, self._text, self._began = shown, "", time.monotonic()
+        self._shown, self._began = shown, time.monotonic()
+        self._pieces: list[str] = []
+        self._end, self._words = "", 0
 
     def add(self, text: str) -> Iterator[RenderableType]:
-        self._text += escape_controls(text)
+        text = escape_controls(text)
+        # A word that goes on in the next piece was counted with its beginning.
+        goes_on = self._end[-1:].strip() and text[:1].strip()
+        self._words += len(text.split()) - bool(goes_on)
+        self._pieces.append(text)
+        self._end = (self._end + text)[-LONGEST_OPEN:]
         return iter(())
 
     def open(self) -> RenderableType:
         if not self._shown:
             return self._folded("thinking …")
-        return Text(self._text[-LONGEST_OPEN:].strip(), style="dim")
+        return Text(self._end.strip(), style="dim")
 
     def close(self) -> Iterator[RenderableType]:
-        if not self._text.strip():
+        text = "".join(self._pieces).strip()
+        if not text:
             return
         seconds = time.monotonic() - self._began
-        whole = Text(self._text.strip(), style="dim")
-        yield whole if self._shown else self._folded(f"thought for {seconds:.1f} s")
+        yield (
+            Text(text, style="dim") if self._shown else self._folded(f"thought for {seconds:.1f} s")
+        )
         yield ""
 
     def _folded(self, what: str) -> Text:
-        return Text(f"▸ {what} {len(self._text.split())} words, /think shows them", style="dim")
+        return Text(f"▸ {what} {self._words} words, /think shows them", style="dim")
 
 
 class Called:

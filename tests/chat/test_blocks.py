@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
-from rich.markdown import Markdown
 
-from lfm_mlx.chat.blocks import Called, Prose, Tail, Thought, markdown_blocks
+from lfm_mlx.chat.blocks import Called, Prose, Tail, Thought
 from lfm_mlx.cli.printer import escape_controls
 
 DOCUMENT = """# A title
@@ -64,19 +63,20 @@ def test_cut_anywhere_it_is_drawn_the_same(cuts: list[int]) -> None:
     assert streamed(pieces) == streamed(DOCUMENT)
 
 
-@settings(deadline=None)
-@given(st.text(st.sampled_from("a\n- #`*_=|>1.\t[]()<\x0b\u2028 "), max_size=40))
-def test_blocks_are_the_whole_text(text: str) -> None:
-    pieces = markdown_blocks(text)
-    assert "".join(pieces) == text
-    assert streamed(text) == streamed([text])
-
-
-def test_settled_blocks_look_as_in_one_drawing() -> None:
-    def lines(text: str) -> list[str]:
-        return [line.rstrip() for line in text.splitlines() if line.strip()]
-
-    assert lines(streamed(DOCUMENT)) == lines(printed(Markdown(DOCUMENT)))
+def test_blocks_are_parted_by_a_line_and_items_are_not() -> None:
+    shown = [line.rstrip() for line in streamed("one\n\n- a\n- b\n\n\n# T\ntwo").splitlines()]
+    assert shown[0] == "one"
+    assert [bool(line) for line in shown] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 def test_what_is_complete_is_settled_at_once() -> None:
@@ -123,6 +123,13 @@ def test_thoughts_are_dim_or_folded() -> None:
     assert "2 words, /think shows them" in line
     assert "two" not in line
     assert [*Thought(True).close()] == [], "an empty block is not worth a line"
+
+
+def test_the_words_of_a_thought_are_counted_as_they_come() -> None:
+    thought = Thought(False)
+    for piece in ("on", "e t", "wo\n", " th", "ree", ""):
+        assert [*thought.add(piece)] == []
+    assert "3 words" in printed(thought.open())
 
 
 def test_the_tail_of_what_is_open_fits_on_the_screen() -> None:
