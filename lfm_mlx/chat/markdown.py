@@ -82,7 +82,7 @@ PARSER = Parser()
 
 
 class Part(NamedTuple):
-    """What a drawing shares with those of the same block above it.
+    """The link of a drawing to those of the same block above it.
 
     before: lines of code that were drawn, from which colours follow
     widths: of a table's columns, in terminal cells; empty if they follow from the rows

@@ -96,7 +96,7 @@ class Cutter:
             self._due = len(self._text) * 5 // 4 if len(self._text) > OFTEN else 0
 
     def open(self, most: int) -> Piece:
-        """What is not settled; of a long text the end, about `most` characters."""
+        """The unsettled text; the last `most` characters of a long one."""
         shown = self._text[-most:]
         if len(shown) < len(self._text) and "\n" in shown:
             shown = shown[shown.index("\n") + 1 :]
