@@ -19,7 +19,7 @@ from lfm_mlx.answer.control import Control
 from lfm_mlx.answer.question import MAX_TOKENS, Question, ask
 from lfm_mlx.answer.responder import Responder
 from lfm_mlx.cache.keys_values import BITS, KVQuantization
-from lfm_mlx.cli.command import DONE, INTERRUPTED, Parser, run
+from lfm_mlx.cli.command import DONE, INTERRUPTED, Parser, read_with_replacement, run
 from lfm_mlx.cli.control_options import add_options, control_of
 from lfm_mlx.cli.model_options import (
     SelectedModel,
@@ -33,6 +33,7 @@ from lfm_mlx.engine import prompt_cache
 from lfm_mlx.engine.decode import PREFILL_CHUNK
 from lfm_mlx.engine.lookup import LONGEST_DRAFT
 from lfm_mlx.errors import InputError
+from lfm_mlx.text import well_formed
 
 CUT_SHORT = (
     "the token budget ended the answer before it was complete: it may not be what was asked for; "
@@ -54,7 +55,9 @@ def messages_of(args: argparse.Namespace, control: Control, tokenizer: Any) -> l
     if prompt is None:
         if sys.stdin.isatty():
             raise InputError("no prompt: give --prompt TEXT, or pipe the text in")
+        read_with_replacement(sys.stdin)
         prompt = sys.stdin.read()
+    prompt = well_formed(prompt)
     if not prompt.strip():
         raise InputError("the prompt is empty")
     if args.raw:

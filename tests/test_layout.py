@@ -14,7 +14,7 @@ PACKAGE = Path(lfm_mlx.__file__).parent
 # A room's rank: a folder, or a file of the root. Imports go to lower ranks; inside a room they go
 # anywhere, but not in a circle.
 RANKS = {
-    "errors": 0,
+    **dict.fromkeys(("errors", "text"), 0),
     **dict.fromkeys(("files", "command_buffers", "kernels", "tool_calls"), 1),
     **dict.fromkeys(("config", "device", "chatml"), 2),
     **dict.fromkeys(("checkpoint", "cache"), 3),

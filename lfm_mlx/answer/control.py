@@ -19,6 +19,7 @@ from lfm_mlx.engine.constraint import Constraint, OneOf, Without
 from lfm_mlx.engine.grammar import Grammar, Vocabulary
 from lfm_mlx.engine.thinking import Thinking, ThinkTags
 from lfm_mlx.errors import InputError
+from lfm_mlx.text import map_text
 from lfm_mlx.tool_calls.call_grammar import MOST_CALLS, block_rules, json_rule
 from lfm_mlx.tool_calls.schema import parameters_of
 
@@ -49,6 +50,10 @@ class Control:
     tool_choice: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("json_schema", "regex", "choices", "tools", "tool_choice"):
+            given = getattr(self, name)
+            clean = map_text(given)
+            object.__setattr__(self, name, tuple(clean) if isinstance(given, tuple) else clean)
         budget = self.max_thinking_tokens
         if budget is not None and budget < 0:
             raise InputError(f"max_thinking_tokens is {budget}; expected 0 or more")

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Iterable
 
 from lfm_mlx.chatml import Segment
+from lfm_mlx.cli.command import read_with_replacement
 from lfm_mlx.cli.printer import Printer, escape_controls
+from lfm_mlx.text import well_formed
 
 
 class Plain:
@@ -12,6 +14,7 @@ class Plain:
 
     def __init__(self, show_thinking: bool):
         self.show_thinking = show_thinking
+        read_with_replacement(sys.stdin)
 
     def ask(self, default: str = "") -> str:
         lines = [line()]
@@ -47,4 +50,4 @@ def line() -> str:
     text = sys.stdin.readline()
     if not text:
         raise EOFError
-    return text.removesuffix("\n")
+    return well_formed(text.removesuffix("\n").removesuffix("\r"))

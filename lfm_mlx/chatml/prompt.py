@@ -15,6 +15,7 @@ from lfm_mlx.chatml.messages import Message, template_messages
 from lfm_mlx.chatml.template import render_template
 from lfm_mlx.chatml.tokenizer import Tokenizer
 from lfm_mlx.errors import InputError, one_line
+from lfm_mlx.text import map_text
 from lfm_mlx.tool_calls.schema import parameters_of
 
 # Candidates for the mark: printable, so that Python's repr keeps them, rare, and many.
@@ -39,8 +40,7 @@ def render(
     """
     if not tokenizer.chat_template:
         raise InputError("the tokenizer has no chat template; only raw text can be given to it")
-    parameters_of(tools)
-    plain = template_messages(messages)
+    plain, tools = _plain(messages, tools)
     today = _day(date)
     added: dict[str, int] = tokenizer.get_added_vocab()
     mark = _unused_character(f"{plain}{tools}")
@@ -60,6 +60,18 @@ def render(
     ids = _token_ids(tokenizer, added, text, mark)
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def _plain(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> tuple[list[Message], Sequence[Mapping[str, Any]] | None]:
+    """Messages and tools, checked and in text that can be encoded."""
+    try:
+        tools = map_text(tools)
+        parameters_of(tools)
+        return template_messages(map_text(messages)), tools
+    except RecursionError:
+        raise InputError("the messages or the tools are nested too deep") from None
 
 
 def _day(text: str | None) -> datetime.date | None:

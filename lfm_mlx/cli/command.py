@@ -5,6 +5,7 @@ wrong raises InputError; any other exception is a fault of ours and keeps its tr
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -25,6 +26,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; --help lists the options")
+
+
+def read_with_replacement(stream: Any) -> None:
+    """Let a byte that is not text become U+FFFD on a standard stream, whatever the locale says."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
 
 
 def run(main: Callable[[], int | None], name: str) -> int:
