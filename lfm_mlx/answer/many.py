@@ -75,7 +75,18 @@ def answer_many(
             if isinstance(event, Token):
                 under_way[event.job].tokens.append(event)
             elif isinstance(event, Ended):
-                yield _answered(tokenizer, under_way.pop(event.job), event)
+                yield _read(tokenizer, under_way.pop(event.job), event)
+
+
+def _read(tokenizer: Tokenizer, coming: _Coming, ended: Ended) -> Answered:
+    """The answer, or the error if its text cannot be read."""
+    try:
+        return _answered(tokenizer, coming, ended)
+    except Exception as error:  # a fault in one answer is not the end of the others
+        tokens = ended.prompt_tokens, ended.generated_tokens
+        return Answered(
+            coming.key, [], "error", *tokens, f"{type(error).__name__}: {one_line(error)}"
+        )
 
 
 def _answered(tokenizer: Tokenizer, coming: _Coming, ended: Ended) -> Answered:

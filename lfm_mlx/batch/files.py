@@ -1,29 +1,36 @@
 """Files of requests and of results: a JSON object a line, each result known by its request's line.
 
 A results file grows by whole lines. What a kill tore is mended when the file is opened again, and
-the requests that it answers are not asked again.
+the requests that it answers are not asked again. A line that failed or was changed is: the last
+result of a line is the one that counts.
 """
 
 import contextlib
+import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.files import lock, no_room
+from lfm_mlx.text import map_text
 
 KEYS = ("id", "prompt", "messages", "tools", "max_tokens")
 BEGINNING = b'{"id": '
+# The name of the standard streams.
+STANDARD = Path("-")
 
 
 @dataclass(frozen=True)
 class Request:
     """One line of requests.
 
-    id: the line's own, else its number
+    id: the line's own, else its number, or a text with it if another line has that as its own
     error: why it cannot be answered, else None
+    hash: of the line's bytes
     """
 
     line: int
@@ -32,40 +39,75 @@ class Request:
     tools: Any = None
     max_tokens: int | None = None
     error: str | None = None
+    hash: str = ""
+
+
+@dataclass(frozen=True)
+class Known:
+    """The last result of a line, as the file has it.
+
+    error: why it was not answered, else None
+    hash: of the line as it was then; None if the result does not say
+    """
+
+    id: str | int
+    error: str | None
+    hash: str | None
+
+    def answers(self, request: Request) -> bool:
+        """Whether the request need not be asked again."""
+        return self.error is None and self.hash in (None, request.hash)
 
 
 def read_requests(path: Path) -> list[Request]:
-    """Parse a request file; a malformed line becomes a Request with `error` set."""
+    """Parse a request file, or standard input; a malformed line becomes a Request with an error."""
     try:
-        lines = path.read_bytes().splitlines()
+        data = sys.stdin.buffer.read() if path == STANDARD else path.read_bytes()
     except OSError as error:
         raise InputError(f"--in {path}: cannot be read ({error.strerror})") from error
+    lines = data.splitlines()
     found = [_request(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     first: dict[str | int, int] = {}
-    return [_told_apart(request, first) for request in found]
+    for request, explicit in found:
+        if explicit:
+            first.setdefault(request.id, request.line)
+    return [_told_apart(request, explicit, first) for request, explicit in found]
 
 
-def _told_apart(request: Request, first: dict[str | int, int]) -> Request:
-    """The request, in error if its id is that of a line before it."""
-    line = first.setdefault(request.id, request.line)
+def _told_apart(request: Request, explicit: bool, first: Mapping[str | int, int]) -> Request:
+    """The request with an id of its own; in error if it gave itself that of a line before it.
+
+    first: the line that gave itself an id first, by that id
+    """
+    if not explicit:
+        identity = request.id
+        while identity in first:
+            identity = f"line {request.line}" if identity == request.line else f"{identity}'"
+        return replace(request, id=identity)
+    line = first[request.id]
     if line == request.line:
         return request
     error = f"id {request.id!r} is that of line {line}"
-    return Request(request.line, request.id, error=error)
+    return Request(request.line, request.id, error=error, hash=request.hash)
 
 
-def _request(number: int, line: bytes) -> Request:
+def _request(number: int, line: bytes) -> tuple[Request, bool]:
+    """The request of a line, and whether the line gives itself an id."""
     identity: str | int = number
+    explicit = False
+    digest = hashlib.sha256(line.strip()).hexdigest()[:16]
     try:
-        content = json.loads(line)
+        content = map_text(json.loads(line.decode("utf-8-sig", "replace")))
         if not isinstance(content, dict):
             raise ValueError("expected a JSON object")
         identity = _identity(content.get("id", number))
-        return _checked(number, identity, content)
+        explicit = "id" in content
+        return replace(_checked(number, identity, content), hash=digest), explicit
     except json.JSONDecodeError as error:
-        return Request(number, identity, error=f"no JSON: {error}")
+        problem = f"no JSON: {error}"
     except (ValueError, RecursionError) as error:
-        return Request(number, identity, error=one_line(error))
+        problem = one_line(error)
+    return Request(number, identity, error=problem, hash=digest), explicit
 
 
 def _identity(given: Any) -> str | int:
@@ -97,47 +139,64 @@ def _checked(number: int, identity: str | int, content: Mapping[str, Any]) -> Re
 class Results:
     """A file of results that is being written.
 
-    answered: the id of each request that has a result, by the request's line
+    known: what it said of each line when it was opened
     """
 
-    def __init__(self, path: Path, file: BinaryIO, answered: dict[int, str | int]):
-        self._path, self._file, self.answered = path, file, answered
+    def __init__(self, path: Path, file: BinaryIO, known: dict[int, Known]):
+        self._path, self._file, self.known = path, file, known
 
     def write(self, request: Request, content: Mapping[str, Any]) -> None:
-        """Add the result of a request. Raises InputError if the disk is full."""
-        result = {"id": request.id, "line": request.line, **content}
+        """Add the result of a request, unless it is the error that is there already.
+
+        Raises InputError if the disk is full.
+        """
+        if self.known.get(request.line) == Known(
+            request.id, content.get("error", ""), request.hash
+        ):
+            return
+        result = {"id": request.id, "line": request.line, "hash": request.hash, **content}
         try:
-            self._file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+            left = json.dumps(map_text(result), ensure_ascii=False).encode() + b"\n"
+            while left:  # without a buffer, a write may take a part only
+                left = left[self._file.write(left) :]
             self._file.flush()
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise no_room(error, self._path) from error
 
     def unanswered(self, requests: list[Request]) -> list[Request]:
-        """The requests without a result.
+        """The requests without an answer, or with that of another line than they are today.
 
-        Raises InputError if a result is that of no request: the file belongs to other requests.
+        Raises InputError if an answer is that of no request: the file belongs to other requests.
         """
         ids = {request.line: request.id for request in requests}
-        for line, identity in self.answered.items():
-            if ids.get(line) != identity:
+        for line, known in self.known.items():
+            if known.error is None and ids.get(line) != known.id:
                 raise InputError(
-                    f"--out {self._path}: has a result for id {identity!r} in line {line}, "
+                    f"--out {self._path}: has a result for id {known.id!r} in line {line}, "
                     "which is not in --in; give another name"
                 )
-        return [request for request in requests if request.line not in self.answered]
+        known = self.known
+        return [it for it in requests if it.line not in known or not known[it.line].answers(it)]
 
 
 @contextlib.contextmanager
 def open_results(path: Path) -> Iterator[Results]:
     """The results in `path`, mended, to be added to; by no other process at the same time.
 
+    Standard output, a device and a pipe are written to only.
+
     Raises InputError, and leaves the file as it is, for one that holds something else.
     """
-    try:
-        file = path.open("a+b")
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written ({error.strerror})") from error
-    with file:
+    if path == STANDARD:
+        yield Results(path, sys.stdout.buffer, {})
+        return
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with _opened(path, "wb") as file:
+            yield Results(path, file, {})
+        return
+    with _opened(path, "a+b") as file:
         try:
             lock(file.fileno())
         except BlockingIOError as error:
@@ -145,30 +204,39 @@ def open_results(path: Path) -> Iterator[Results]:
         yield Results(path, file, _mended(path, file))
 
 
-def _mended(path: Path, file: BinaryIO) -> dict[int, str | int]:
+def _opened(path: Path, mode: str) -> Any:
+    """The file, without a buffer: a failed write is not tried again when it is closed."""
+    try:
+        return open(path, mode, buffering=0)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror})") from error
+
+
+def _mended(path: Path, file: BinaryIO) -> dict[int, Known]:
     """The file's results by line; a last line that was torn is gone."""
     file.seek(0)
     *lines, last = file.read().split(b"\n")
-    answered: dict[int, str | int] = {}
+    known: dict[int, Known] = {}
     for number, line in enumerate(lines, 1):
         result = _result(line)
         if result is None:
             raise InputError(
                 f"--out {path}: line {number} is not a result of this command; give another name"
             )
-        answered[result[0]] = result[1]
+        known[result[0]] = result[1]
     if not last:
-        return answered
+        return known
     if not (last.startswith(BEGINNING) or BEGINNING.startswith(last)):
         raise InputError(f"--out {path}: is not a file of results; give another name")
     file.truncate(sum(len(line) + 1 for line in lines))
-    return answered
+    return known
 
 
-def _result(line: bytes) -> tuple[int, str | int] | None:
-    """Line and id of a result, None for something else."""
+def _result(line: bytes) -> tuple[int, Known] | None:
+    """The line that a result is of, and what it says; None for something else."""
     try:
         content = json.loads(line)
-        return int(content["line"]), _identity(content["id"])
+        known = Known(_identity(content["id"]), content.get("error"), content.get("hash"))
+        return int(content["line"]), known
     except (ValueError, KeyError, TypeError):
         return None

@@ -4,7 +4,9 @@
 
 A line in has `prompt`, or `messages` with `tools`, and may have `id` and `max_tokens`. A line out
 has the `id` and the `line` of its request, and either what was answered or an `error`. Answers come
-in the order in which they end. Run again, the command goes on where it was stopped.
+in the order in which they end. Run again, the command goes on where it was stopped, and asks lines
+anew that failed or were changed: their last result counts. `--in -` and `--out -` are the standard
+streams.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from lfm_mlx.answer.control import Control
 from lfm_mlx.answer.many import Answered, answer_many
 from lfm_mlx.answer.question import Question, ask
 from lfm_mlx.answer.stream import rate
-from lfm_mlx.batch.files import Request, Results, open_results, read_requests
+from lfm_mlx.batch.files import STANDARD, Request, Results, open_results, read_requests
 from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.cli.model_options import (
     SelectedModel,
@@ -39,9 +41,16 @@ BATCH_SIZE = 8
 def parser() -> argparse.ArgumentParser:
     parser = Parser(prog="lfm_mlx.batch", description="Answer many prompts together.")
     add = parser.add_argument
-    add("--in", dest="source", required=True, type=Path, metavar="FILE.jsonl", help="requests")
+    add(
+        "--in",
+        dest="source",
+        required=True,
+        type=Path,
+        metavar="FILE.jsonl",
+        help="requests; - for standard input",
+    )
     add("--out", dest="target", required=True, type=Path, metavar="FILE.jsonl",
-        help="results, added to those that are there")  # fmt: skip
+        help="results, added to those that are there; - for standard output")  # fmt: skip
     add("--max-tokens", type=int, default=MAX_TOKENS,
         help="longest answer where a line has no max_tokens (default %(default)s)")  # fmt: skip
     add("--batch-size", type=int, default=BATCH_SIZE, metavar="N",
@@ -55,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     at_least_one(args, "max_tokens", "batch_size")
     requests = read_requests(args.source)
-    if args.target.exists() and args.target.samefile(args.source):
+    if _is_same(args.source, args.target):
         raise InputError("--in and --out are the same file; give another name")
     chosen = SelectedModel(args)
     longest = min(args.max_tokens, chosen.config.max_position_embeddings)
@@ -72,6 +81,11 @@ def main(argv: list[str] | None = None) -> None:
             batch = Batch(chosen, model, results, bar)
             batch.answer(left)
     print(batch, file=sys.stderr)
+
+
+def _is_same(source: Path, target: Path) -> bool:
+    named = STANDARD not in (source, target) and source.exists() and target.exists()
+    return named and target.is_file() and target.samefile(source)
 
 
 class Batch:
@@ -104,8 +118,8 @@ class Batch:
         for request in requests:
             try:
                 yield request, self._question(request)
-            except InputError as error:
-                self.results.write(request, {"error": one_line(error)})
+            except Exception as error:  # whatever a line does, the others are answered
+                self.results.write(request, {"error": why(error)})
                 self.errors += 1
                 self.bar.update()
 
@@ -124,6 +138,14 @@ class Batch:
             f"{self.prompt_tokens} tokens of prompts, {self.generated_tokens} of answers, "
             f"{rate(self.generated_tokens, self.seconds):.1f} tokens/s"
         )
+
+
+def why(error: Exception) -> str:
+    """The one line for what a request failed by; of what nobody foresaw, with its kind."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return f"{kind}{one_line(error)}"
 
 
 def result_of(answered: Answered) -> dict[str, Any]:

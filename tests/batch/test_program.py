@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from lfm_mlx import Model, chatml
+from lfm_mlx.answer import many
 from lfm_mlx.batch import program
-from lfm_mlx.batch.files import Request, open_results
+from lfm_mlx.batch.files import Request, open_results, read_requests
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import load_model, load_tokenizer
 
 DAY = "2026-01-02"
@@ -85,7 +87,7 @@ def test_results_say_what_was_answered(
         "id": 2, "line": 2, "text": "27 + 58 = 85.",
         "thinking": "Ones: 7+8=15, carry 1. Tens: 2+5=7, 7+1=8. So 85.", "tool_calls": [],
         "finish_reason": "stop", "prompt_tokens": len(prompt_of(tokenizer, LINES[1])),
-        "generated_tokens": found[2]["generated_tokens"],
+        "generated_tokens": found[2]["generated_tokens"], "hash": found[2]["hash"],
     }  # fmt: skip
     assert "こんにちは" in found[6]["text"]
     call = found[8]["tool_calls"][0]["function"]
@@ -120,7 +122,111 @@ def test_what_cannot_be_answered_has_its_error_and_stops_nothing(tmp_path: Path)
     assert found[1]["text"] == found[len(BROKEN) + 2]["text"] != ""
     for number, (_, says) in enumerate(BROKEN, 2):
         assert says in found[number]["error"]
-        assert found[number].keys() == {"id", "line", "error"}
+        assert found[number].keys() == {"id", "line", "hash", "error"}
+
+
+def test_no_line_ends_the_batch(tmp_path: Path) -> None:
+    deep = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": '
+    deep += '[{"function": {"name": "f", "arguments": {"x": ' + "[" * 600 + "]" * 600 + "}}}]}]}"
+    latin = tmp_path / "in.jsonl"
+    lines = [deep.encode(), b'{"prompt": "caf\xe9"}', b'{"id": "\\ud83d", "prompt": "Hi"}',
+             b'{"prompt": "Hi \\ud83d"}', b'{"prompt": "What is 1 + 2?"}']  # fmt: skip
+    latin.write_bytes(b"\r\n".join(lines))
+    program.main(arguments(latin, tmp_path / "out.jsonl"))
+    found = {result["line"]: result for result in results(tmp_path / "out.jsonl")}
+    assert found[1]["error"] == "nested too deep"
+    assert found[3]["id"] == "\ufffd"
+    assert found[5]["text"] == "1 + 2 = 3."
+    assert [line for line in found if "error" in found[line]] == [1]
+
+
+def test_a_fault_in_rendering_is_the_error_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(tokenizer: Any, config: Any, messages: Any, **options: Any) -> Any:
+        if messages[0]["content"] == "bad":
+            raise KeyError("x")
+        return ask(tokenizer, config, messages, **options)
+
+    ask = program.ask
+    monkeypatch.setattr(program, "ask", faulty)
+    found = answered(tmp_path, [{"prompt": "bad"}, {"prompt": "What is 1 + 2?"}])
+    assert found[1]["error"] == "KeyError: 'x'"
+    assert found[2]["text"] == "1 + 2 = 3."
+
+
+def test_a_fault_in_reading_an_answer_is_the_error_of_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(text: Any, tools: Any) -> Any:
+        pieces = "".join(text)
+        if "3." in pieces:
+            raise RuntimeError("torn")
+        return segments([pieces], tools)
+
+    segments = many.chatml.segments
+    monkeypatch.setattr(many.chatml, "segments", faulty)
+    found = answered(tmp_path, [{"prompt": "What is 1 + 2?"}, {"prompt": "What is 2 + 2?"}])
+    assert found[1]["error"] == "RuntimeError: torn"
+    assert found[2]["text"] == "2 + 2 = 4."
+
+
+def test_a_line_that_failed_or_was_changed_is_asked_again(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+    def run(*lines: dict[str, Any]) -> list[dict[str, Any]]:
+        before = len(results(target)) if target.exists() else 0
+        program.main(arguments(written(source, [*lines]), target))
+        return results(target)[before:]
+
+    good, wrong = {"prompt": "What is 1 + 2?"}, {"promt": "What is 2 + 2?"}
+    assert len(run(good, wrong)) == 2
+    assert run(good, wrong) == [], "the same error is not written twice"
+    (mended,) = run(good, {"id": "m", "prompt": "What is 2 + 2?"})
+    assert (mended["id"], mended["line"], mended["text"]) == ("m", 2, "2 + 2 = 4.")
+    (changed,) = run({"prompt": "What is 1 + 3?"}, {"id": "m", "prompt": "What is 2 + 2?"})
+    assert (changed["line"], changed["text"]) == (1, "1 + 3 = 4.")
+    assert run({"prompt": "What is 1 + 3?"}, {"id": "m", "prompt": "What is 2 + 2?"}) == []
+
+
+def test_results_without_a_hash_are_taken_as_they_are(tmp_path: Path) -> None:
+    target = tmp_path / "out.jsonl"
+    target.write_text('{"id": 1, "line": 1, "text": "3"}\n', encoding="utf-8")
+    program.main(arguments(written(tmp_path / "in.jsonl", LINES[:1]), target))
+    assert len(results(target)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([2, None], [2, "line 2"]),
+        ([None, 1], ["line 1", 1]),
+        ([2, None, "line 2"], [2, "line 2'", "line 2"]),
+        ([None, None, "1"], [1, 2, "1"]),
+    ],
+)
+def test_an_implicit_id_gives_way(tmp_path: Path, ids: list[Any], expected: list[Any]) -> None:
+    lines = [{"prompt": "Hi"} | ({} if it is None else {"id": it}) for it in ids]
+    found = read_requests(written(tmp_path / "in.jsonl", lines))
+    assert [request.id for request in found] == expected
+    assert all(request.error is None for request in found)
+
+
+def test_the_standard_streams(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lfm_mlx.batch", *arguments(Path("-"), Path("-"))]
+    done = subprocess.run(
+        command, input=b'{"prompt": "What is 1 + 2?"}\n', capture_output=True, check=True,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["text"] == "1 + 2 = 3."
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_is_written_and_never_read(tmp_path: Path) -> None:
+    source = written(tmp_path / "in.jsonl", [{"prompt": "Hi", "max_tokens": 2}])
+    with pytest.raises(InputError, match="no space left"):
+        program.main(arguments(source, Path("/dev/full")))
+    program.main(arguments(source, Path("/dev/null")))
 
 
 def test_a_torn_line_is_taken_away_wherever_it_was_torn(tmp_path: Path) -> None:
