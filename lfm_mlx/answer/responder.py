@@ -103,7 +103,30 @@ class Responder:
             sampler,
             Reading(progress=progress, kv_quantization=self.kv_quantization),
         )
-        return chatml.segments(text_of(self.tokenizer, steps), question.control.tools or None)
+        segments = chatml.segments(text_of(self.tokenizer, steps), question.control.tools or None)
+        if question.control.choices and self.sampling.temperature == 0:
+            return self._likeliest(question, segments)
+        return segments
+
+    def _likeliest(
+        self, question: Question, segments: Iterator[chatml.Segment]
+    ) -> Iterator[chatml.Segment]:
+        """The thoughts, and then the likeliest of the choices.
+
+        The likeliest token first need not lead to it: other choices may share their beginning.
+        """
+        drawn: list[chatml.Segment] = []
+        for segment in segments:
+            if segment.kind == chatml.THINKING:
+                yield segment
+            else:
+                drawn.append(segment)
+        if self.statistics.finish_reason != "stop":
+            yield from drawn
+            return
+        scores = self.score_choices(question)
+        _, choice = max(zip(scores, question.control.choices, strict=True))
+        yield chatml.Segment(chatml.TEXT, choice, True)
 
     def _steps(
         self, question: Question, unread: list[int], sampler: Sampler, reading: Reading
