@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 from walks import STOPS, TOKENIZER, VOCAB_SIZE, VOCABULARY, text_of, walk
 
+from lfm_mlx.answer import control
 from lfm_mlx.answer.control import Control
 from lfm_mlx.engine import grammar
 from lfm_mlx.engine.grammar import Grammar, Vocabulary
@@ -116,6 +117,7 @@ def test_without_the_library_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(grammar, "llguidance", None)
+    control._vocabulary.cache_clear()  # another test may have built it
     with pytest.raises(InputError, match=r"pip install 'lfm_mlx\[structured\]'"):
         Control(regex="a").constraint(TOKENIZER, VOCAB_SIZE)
     Control(choices=("a",), max_thinking_tokens=3).constraint(TOKENIZER, VOCAB_SIZE)
