@@ -7,7 +7,7 @@ constraint = control.constraint(tokenizer, vocab_size)
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Control:
 
     max_thinking_tokens: None for no limit; 0 for no thinking, outside what the model learned
     json_schema, regex, choices: what the answer after thinking must be; one of them at most
-    tools: on offer, as in a chat request
+    tools: on offer, as in a chat request; with None any call goes, with an empty list none does
     tool_choice: `auto`; `none` to call none; `required`, or a tool's name, to answer with calls
 
     Raises InputError for what contradicts itself.
@@ -46,14 +46,12 @@ class Control:
     json_schema: Any = None
     regex: str | None = None
     choices: tuple[str, ...] = ()
-    tools: Sequence[Mapping[str, Any]] = ()
+    tools: Sequence[Mapping[str, Any]] | None = None
     tool_choice: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("json_schema", "regex", "choices", "tools", "tool_choice"):
-            given = getattr(self, name)
-            clean = map_text(given)
-            object.__setattr__(self, name, tuple(clean) if isinstance(given, tuple) else clean)
+            object.__setattr__(self, name, _door(name, getattr(self, name)))
         budget = self.max_thinking_tokens
         if budget is not None and budget < 0:
             raise InputError(f"max_thinking_tokens is {budget}; expected 0 or more")
@@ -91,8 +89,12 @@ class Control:
         """Whether an answer that was cut short may not be what was asked for."""
         return self.must_call or bool(self.formats)
 
-    def constraint(self, tokenizer: Tokenizer, vocab_size: int) -> Thinking | None:
+    def constraint(
+        self, tokenizer: Tokenizer, vocab_size: int, thinking: bool = False
+    ) -> Thinking | None:
         """A Constraint for one answer; None if nothing is asked.
+
+        thinking: whether the prompt ends inside a think block
 
         Raises InputError for a schema or regex that cannot be followed.
         """
@@ -109,7 +111,7 @@ class Control:
             tags = ThinkTags(added[THINK], added[closing], words)
         return Thinking(
             tags, tokenizer.eos_token_ids, vocab_size,
-            budget=self.max_thinking_tokens, answer=answer,
+            budget=self.max_thinking_tokens, answer=answer, opened=thinking,
         )  # fmt: skip
 
     def choice_tokens(self, tokenizer: Tokenizer) -> list[list[int]]:
@@ -155,6 +157,14 @@ class Control:
         return block_rules(parameters, MOST_CALLS)
 
 
+def _door(name: str, value: Any) -> Any:
+    """The value with text that can be encoded."""
+    try:
+        return tuple(map_text(value)) if isinstance(value, tuple) else map_text(value)
+    except RecursionError:
+        raise InputError(f"{name}: nested too deep") from None
+
+
 def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     """The tokenizer's tokens as bytes, for a model of this size; added ones stand for no text.
 
@@ -173,7 +183,19 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int, stop_ids: frozenset[int])
             words[token] = text.encode()
         elif token < vocab_size and all(letter in letters for letter in text):
             words[token] = bytes(letters[letter] for letter in text)
-    return Vocabulary(words, special, stop_ids)
+    return Vocabulary(words, special, stop_ids, _encoder(tokenizer))
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[bytes], list[int] | None]:
+    """Bytes → the tokenizer's own tokens; None for a piece of a character."""
+
+    def encode(text: bytes) -> list[int] | None:
+        try:
+            return tokenizer.encode(text.decode(), add_special_tokens=False)
+        except UnicodeDecodeError:
+            return None
+
+    return encode
 
 
 def _check_schema(schema: Any) -> None:

@@ -97,8 +97,8 @@ def _answered(tokenizer: Tokenizer, coming: _Coming, ended: Ended) -> Answered:
         Step(token.token, token.logprob, reason)
         for token, reason in zip(coming.tokens, reasons, strict=True)
     )
-    tools = coming.question.control.tools or None
-    segments = list(chatml.segments(text_of(tokenizer, steps), tools))
+    asked = coming.question
+    segments = list(chatml.segments(text_of(tokenizer, steps), asked.control.tools, asked.thinking))
     return Answered(
         coming.key, segments, ended.finish_reason, ended.prompt_tokens, ended.generated_tokens,
         ended.error,

@@ -28,12 +28,14 @@ class Question:
 
     max_tokens: what was asked for, or what the model's maximum leaves
     constraint: follows one answer, so a Question is answered once; None if nothing is asked
+    thinking: whether the prompt ends inside a think block
     """
 
     prompt: list[int]
     max_tokens: int
     control: Control
     constraint: Thinking | None
+    thinking: bool = False
 
 
 def ask(
@@ -51,7 +53,9 @@ def ask(
     prompt = prompt_tokens(tokenizer, messages, control, date)
     check_prompt(prompt, config.vocab_size)
     room = room_for_answer(config, len(prompt), max_tokens)
-    return Question(prompt, room, control, control.constraint(tokenizer, config.vocab_size))
+    thinking = chatml.ends_in_thinking(tokenizer, prompt)
+    constraint = control.constraint(tokenizer, config.vocab_size, thinking)
+    return Question(prompt, room, control, constraint, thinking)
 
 
 def prompt_tokens(

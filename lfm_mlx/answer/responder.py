@@ -65,7 +65,7 @@ class Responder:
         return self.model.config.max_position_embeddings
 
     def answer(
-        self, messages: Messages, tools: Messages = (), tool_choice: str = "auto",
+        self, messages: Messages, tools: Messages | None = None, tool_choice: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[chatml.Segment]:  # fmt: skip
         """The answer to `messages`, as it comes. Raises InputError at once."""
@@ -103,7 +103,8 @@ class Responder:
             sampler,
             Reading(progress=progress, kv_quantization=self.kv_quantization),
         )
-        segments = chatml.segments(text_of(self.tokenizer, steps), question.control.tools or None)
+        text = text_of(self.tokenizer, steps)
+        segments = chatml.segments(text, question.control.tools, question.thinking)
         if question.control.choices and self.sampling.temperature == 0:
             return self._likeliest(question, segments)
         return segments
@@ -154,7 +155,7 @@ class Responder:
         choices = question.control.choice_tokens(self.tokenizer)
         return score_choices(self.model, self.cache, before, choices, self.tokenizer.eos_token_ids)
 
-    def recall(self, messages: Messages, tools: Messages = ()) -> None:
+    def recall(self, messages: Messages, tools: Messages | None = None) -> None:
         """Forget all but what `messages` begin with."""
         control = replace(self.control, tools=tools, tool_choice="auto")
         prompt = prompt_tokens(self.tokenizer, messages, control, self.date) if messages else []

@@ -105,7 +105,9 @@ def _request(number: int, line: bytes) -> tuple[Request, bool]:
         return replace(_checked(number, identity, content), hash=digest), explicit
     except json.JSONDecodeError as error:
         problem = f"no JSON: {error}"
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        problem = "nested too deep"
+    except ValueError as error:
         problem = one_line(error)
     return Request(number, identity, error=problem, hash=digest), explicit
 

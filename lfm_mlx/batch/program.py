@@ -128,7 +128,7 @@ class Batch:
             raise InputError(request.error)
         return ask(
             self.chosen.tokenizer, self.chosen.config, request.messages,
-            control=Control(tools=request.tools or ()), date=self.chosen.date,
+            control=Control(tools=request.tools), date=self.chosen.date,
             max_tokens=request.max_tokens or self.chosen.args.max_tokens,
         )  # fmt: skip
 

@@ -5,10 +5,10 @@ whatever it spells. Coming out, token ids become text (`TextStream`), and text b
 (`segments`): thinking, text, and tool calls that fit the tools.
 
     messages ─▶ template ─▶ prompt ─▶ model ─▶ token_text ─▶ tags ─▶ segments
-                                     tool_calls ◀─ call_syntax, json_calls, schema ┘
+                                     tool_calls ◀─ python_calls, json_calls, schema ┘
 """
 
-from lfm_mlx.chatml.prompt import render
+from lfm_mlx.chatml.prompt import ends_in_thinking, render
 from lfm_mlx.chatml.segments import Segment, Segmenter, as_message, segments
 from lfm_mlx.chatml.tags import TAGS, TEXT, THINKING, TOOL_CALL
 from lfm_mlx.chatml.token_text import TextStream, vocabulary_fingerprint
@@ -25,6 +25,7 @@ __all__ = [
     "Segmenter",
     "TextStream",
     "as_message",
+    "ends_in_thinking",
     "parse",
     "render",
     "segments",

@@ -42,16 +42,19 @@ class Segment:
     reason: str | None = None
 
 
-def segments(pieces: Iterable[str], tools: Tools | None = None) -> Iterator[Segment]:
+def segments(
+    pieces: Iterable[str], tools: Tools | None = None, thinking: bool = False
+) -> Iterator[Segment]:
     """Split streamed text into segments, as they arrive.
 
     pieces: what a TextStream gives, or text that spells its tags, cut anywhere
-    tools: what calls are checked against, as in a chat request; without them any call goes
+    tools: what calls are checked against, as in a chat request; with None any call goes
+    thinking: whether the prompt has opened a think block, so that the answer begins inside it
 
     A block that is never closed keeps its kind to the end; a tool call must at least have closed
     its list.
     """
-    segmenter = Segmenter(tools)
+    segmenter = Segmenter(tools, thinking)
     for piece in pieces:
         yield from segmenter.add(piece)
     yield from segmenter.finish()
@@ -60,10 +63,10 @@ def segments(pieces: Iterable[str], tools: Tools | None = None) -> Iterator[Segm
 class Segmenter:
     """Splits an answer that is handed over piece by piece; arguments as in `segments`."""
 
-    def __init__(self, tools: Tools | None = None):
+    def __init__(self, tools: Tools | None = None, thinking: bool = False):
         self._tools = tools
         self._finder = TagFinder()
-        self._kind, self._begins = TEXT, True
+        self._kind, self._begins = THINKING if thinking else TEXT, True
         self._call: list[str] = []
 
     def add(self, piece: str) -> Iterator[Segment]:

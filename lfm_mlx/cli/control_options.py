@@ -51,8 +51,12 @@ def control_of(args: argparse.Namespace) -> Control:
     Raises InputError for files that cannot be read, and for options that exclude each other.
     """
     schema = None if args.json_schema is None else _read_json(args.json_schema, "--json-schema")
-    tools = [] if args.tools is None else _read_json(args.tools, "--tools")
-    if not isinstance(tools, list):
+    if args.json_schema is not None and not isinstance(schema, dict | bool):
+        raise InputError(
+            f"--json-schema {args.json_schema}: expected an object; got {schema!r:.40}"
+        )
+    tools = None if args.tools is None else _read_json(args.tools, "--tools")
+    if not isinstance(tools, list | None):
         raise InputError(f"--tools {args.tools}: expected a list of tools")
     return Control(
         max_thinking_tokens=thinking_tokens(args),

@@ -6,7 +6,7 @@ much but whose grammars take ten times as long to compile, and which brings PyTo
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -20,41 +20,66 @@ except ImportError:
     llguidance = None
 
 
+Encode = Callable[[bytes], list[int] | None]
+
+
 class Vocabulary:
     """A tokenizer's tokens as llguidance reads them; many grammars share one.
 
     words: the bytes of each token, by id; empty for an id without a token
     special: tokens that stand for no text, which a grammar names by their ids: `<[7]>`
     stop_ids: what may end an answer that is complete
+    encode: text → tokens as the model was trained on them, None where it has none. Where a grammar
+        leaves one text, its tokens are the only ones allowed
 
     Raises InputError if llguidance is not installed, or nothing can end an answer.
     """
 
-    def __init__(self, words: Sequence[bytes], special: Collection[int], stop_ids: Collection[int]):
-        if llguidance is None:
-            raise InputError(
-                "answers that fit a schema or a regex need llguidance; "
-                "pip install 'lfm_mlx[structured]'"
-            )
+    def __init__(
+        self, words: Sequence[bytes], special: Collection[int], stop_ids: Collection[int],
+        encode: Encode | None = None,
+    ):  # fmt: skip
+        library = _library()
         if not stop_ids:
             raise InputError("the tokenizer has no token that ends an answer; expected eos_token")
         self.words, self.stop_ids = words, frozenset(stop_ids)
-        table: Any = llguidance.TokenizerWrapper(_Table(words, special, min(stop_ids)))
-        self.tokenizer = llguidance.LLTokenizer(table, eos_token=sorted(stop_ids))
+        table: Any = library.TokenizerWrapper(_Table(words, special, min(stop_ids), encode))
+        self.tokenizer = library.LLTokenizer(table, eos_token=sorted(stop_ids))
+
+
+def _library() -> Any:
+    """llguidance. Raises InputError if it is not installed."""
+    if llguidance is None:
+        raise InputError(
+            "answers that fit a schema or a regex need llguidance; "
+            "pip install 'lfm_mlx[structured]'"
+        )
+    return llguidance
 
 
 class _Table:
-    """A tokenizer as llguidance wants it. It never encodes here, so longest match will do."""
+    """A tokenizer as llguidance wants it; where `encode` has no tokens, the longest match is."""
 
     bos_token_id = None
 
-    def __init__(self, words: Sequence[bytes], special: Collection[int], eos_token_id: int):
+    def __init__(
+        self, words: Sequence[bytes], special: Collection[int], eos_token_id: int,
+        encode: Encode | None,
+    ):  # fmt: skip
+        self._encode, self._special = encode, frozenset(special)
         self.tokens, self.eos_token_id = words, eos_token_id
         self.special_token_ids = sorted(special)
         self._ids = {word: token for token, word in enumerate(words) if token not in special}
         self._longest = max(map(len, words))
 
     def __call__(self, text: bytes) -> list[int]:
+        encoded = self._encode(text) if self._encode else None
+        # A special token stands for no text, so text that spells one is not it.
+        if encoded is None or not self._special.isdisjoint(encoded):
+            return self._longest_matches(text)
+        return encoded
+
+    def _longest_matches(self, text: bytes) -> list[int]:
         ids: list[int] = []
         at = 0
         while at < len(text):
@@ -70,11 +95,11 @@ class Grammar:
 
     def __init__(self, vocabulary: Vocabulary, lark: str, what: str):
         """`what` the user asked for (`regex`) begins the line of an InputError."""
-        assert llguidance is not None, "there is no Vocabulary without llguidance"
+        matcher = _library().LLMatcher
         self._stop_ids, self._what = vocabulary.stop_ids, what
         self._vocab_size = len(vocabulary.words)
-        source = llguidance.LLMatcher.grammar_from_lark(lark)
-        self._matcher = llguidance.LLMatcher(vocabulary.tokenizer, source, log_level=0)
+        source = matcher.grammar_from_lark(lark)
+        self._matcher = matcher(vocabulary.tokenizer, source, log_level=0)
         if not self._words().any():
             raise InputError(f"{what}: no answer fits it")
 

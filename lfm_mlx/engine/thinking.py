@@ -1,7 +1,8 @@
 """The course of an answer: thinking, for so many tokens at most, and then what the answer may be.
 
-The model opens its think block itself, or answers without one. Once the budget is spent, a closing
-text and the closing tag are the only tokens allowed, and no other block can be opened. With a
+The model opens its think block itself, or answers without one; or the prompt has opened it. Once
+the budget is spent, a closing text and the closing tag are the only tokens allowed, and no other
+block can be opened. With a
 budget of nothing the answer begins with an empty block, which the model was not trained for: it
 was trained to think, and answers worse without.
 """
@@ -32,18 +33,21 @@ class Thinking:
     tags: None if the model has none, and so never thinks
     budget: the most tokens of thought, last words and tags not counted; None for any number
     answer: None for any answer; thinking is then free to end the turn, or to be taken up again
+    opened: whether the prompt ends inside a think block
 
     `before_answer` holds every token up to the answer, and `begun` says whether it was reached.
     """
 
     def __init__(
         self, tags: ThinkTags | None, stop_ids: Collection[int], vocab_size: int, *,
-        budget: int | None = None, answer: Constraint | None = None,
+        budget: int | None = None, answer: Constraint | None = None, opened: bool = False,
     ):  # fmt: skip
         self._tags, self._budget, self._answer = tags, budget, answer
         self._stop_ids, self._vocab_size = frozenset(stop_ids), vocab_size
-        self._thinking = False
-        self._forced = [tags.opening, tags.closing] if tags and budget == 0 else []
+        self._thinking = opened and tags is not None
+        self._forced = (
+            [tags.opening, tags.closing][self._thinking :] if tags and budget == 0 else []
+        )
         self._spent = bool(self._forced)
         self.thought_tokens = 0
         self.before_answer: list[int] = []

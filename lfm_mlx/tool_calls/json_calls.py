@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from lfm_mlx.tool_calls.literals import ParseError, place, read_value
+from lfm_mlx.tool_calls.literals import ParseError, place, read_value, skip_space
 from lfm_mlx.tool_calls.python_calls import Argument, WrittenCall
 
 _SEPARATORS = re.compile(r"[\s,;]*")
@@ -37,8 +37,18 @@ def _call(entry: Any) -> WrittenCall:
         raise ParseError("expected name and arguments only; got " + ", ".join(entry))
     arguments = entry[given[0]] if given else {}
     if isinstance(arguments, str):
-        arguments = read_value(arguments, 0)[0] if arguments.strip() else {}
+        arguments = _spelled(arguments) if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
     if not isinstance(arguments, dict):
         raise ParseError(f"arguments of {entry['name']}: expected an object")
     named = tuple(Argument(key, value) for key, value in arguments.items())
     return WrittenCall(entry["name"], named)
+
+
+def _spelled(text: str) -> Any:
+    """The value that a text spells, and nothing behind it."""
+    value, end = read_value(text, 0)
+    if skip_space(text, end) < len(text):
+        raise ParseError(f"arguments: expected their end at {place(text, end)}")
+    return value

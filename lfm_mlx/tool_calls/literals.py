@@ -10,14 +10,20 @@ import math
 import re
 from typing import Any, NoReturn
 
+from lfm_mlx.text import map_text, well_formed
+
 WORDS = {"True": True, "true": True, "False": False, "false": False, "None": None, "null": None}
 INTEGER = re.compile(r"[-+]?(0|[1-9]\d*)", re.ASCII)
-NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)\.?\d*|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
+# No zeros lead: 02139 is a postal code.
+NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
+_NOT_FINITE = re.compile(r"[-+]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 # A word without quotes: a number, a date, a path, a name.
 BARE = re.compile(r"[^\s,()\[\]{}'\"`=;]+")
 _SPACE = re.compile(r"\s*")
 _KEY_WORD = re.compile(r"[^\s,()\[\]{}'\"`=;:]+")
 _MAY_FOLLOW_STRING = re.compile(r"\s*([,:)\]}]|$)")
+# The end of a string, and the beginning of another right after it.
+ADJACENT = re.compile(r"""(['"])\s*[rbuf]?['"]""")
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2}|.)", re.DOTALL)
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "0": "\0"}
 _CLOSING = {"[": "]", "(": ")", "{": "}"}
@@ -37,13 +43,18 @@ class ParseError(ValueError):
 class Bare(str):
     """A value written without quotes: what it is, the tool's schema may say (`zip=02139`)."""
 
+    def is_finite(self) -> bool:
+        """Whether it is anything but a number that JSON does not have: NaN, infinity, 1e999."""
+        number = NUMBER.fullmatch(self)
+        return not _NOT_FINITE.fullmatch(self) and not (number and math.isinf(float(self)))
+
     def value(self) -> Any:
         """The number, truth value or null it spells, else the word itself."""
         if self in WORDS:
             return WORDS[self]
         if INTEGER.fullmatch(self) and len(self) < 1000:
             return int(self)
-        if NUMBER.fullmatch(self) and math.isfinite(float(self)):
+        if NUMBER.fullmatch(self) and self.is_finite():
             return float(self)
         return str(self)
 
@@ -52,7 +63,24 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a value of JSON")
 
 
-_JSON = json.JSONDecoder(strict=False, parse_constant=_refuse_constant)
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse_constant(text)
+
+
+def _unlike(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object, each of whose names stands in it once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice")
+    return found
+
+
+_JSON = json.JSONDecoder(
+    strict=False,
+    parse_constant=_refuse_constant,
+    parse_float=_finite,
+    object_pairs_hook=_unlike,
+)
 
 
 def read_value(text: str, at: int) -> tuple[Any, int]:
@@ -62,9 +90,10 @@ def read_value(text: str, at: int) -> tuple[Any, int]:
     """
     at = skip_space(text, at)
     try:
-        return _JSON.raw_decode(text, at)
+        value, end = _JSON.raw_decode(text, at)
     except ValueError:
-        return _read_python(text, at)
+        value, end = _read_python(text, at)
+    return map_text(value), end
 
 
 def skip_space(text: str, at: int) -> int:
@@ -84,7 +113,10 @@ def _read_python(text: str, at: int) -> tuple[Any, int]:
     word = BARE.match(text, at)
     if not word:
         raise ParseError(f"expected a value at {place(text, at)}")
-    return Bare(word[0]).value(), word.end()
+    bare = Bare(word[0])
+    if not bare.is_finite():
+        raise ParseError(f"expected a value of JSON at {place(text, at)}")
+    return bare.value(), word.end()
 
 
 def _read_sequence(text: str, at: int, closing: str) -> tuple[list[Any], int]:
@@ -111,6 +143,8 @@ def _read_mapping(text: str, at: int) -> tuple[Any, int]:
             if pairs:
                 raise ParseError(f"expected ':' at {place(text, at)}")
             return _read_sequence(text, begin, "}")
+        if key in pairs:
+            raise ParseError(f"{key!r:.40} is given twice, at {place(text, begin)}")
         pairs[key], at = _read_python(text, at + 1)
         at = _after_item(text, at, "}")
 
@@ -135,16 +169,20 @@ def _after_item(text: str, at: int, closing: str) -> int:
 
 def _read_string(text: str, at: int) -> tuple[str, int]:
     for found in re.compile(rf"\\.|{text[at]}", re.DOTALL).finditer(text, at + 1):
-        if found[0] == text[at] and _MAY_FOLLOW_STRING.match(text, found.end()):
+        if found[0] != text[at]:
+            continue
+        if _MAY_FOLLOW_STRING.match(text, found.end()):
             return unescape(text[at + 1 : found.start()]), found.end()
+        # Strings side by side: Python joins them, and some forget the comma between.
+        if ADJACENT.match(text, found.start()):
+            raise ParseError(f"expected ',' between the strings at {place(text, found.start())}")
     raise ParseError(f"expected the end of the string at {place(text, at)}", open_string=True)
 
 
 def unescape(text: str) -> str:
     r"""Text with the escapes of Python and JSON resolved; what is none (`\d`) stays."""
     resolved = _ESCAPE.sub(_unescaped, text)
-    # Two escapes of UTF-16 may make one character: \ud83d\ude00.
-    return resolved.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return well_formed(resolved)  # two escapes of UTF-16 may make one character: \ud83d\ude00
 
 
 def _unescaped(escape: re.Match[str]) -> str:

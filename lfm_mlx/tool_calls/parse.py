@@ -51,12 +51,12 @@ class Call:
 def parse(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[Call, ...]:
     """The calls of a block, without its tags.
 
-    tools: as in a chat request; arguments are coerced to their schemas and checked. Without tools
-        any call goes
+    tools: as in a chat request; arguments are coerced to their schemas and checked. With None any
+        call goes, with an empty list none does
 
     Raises CallError.
     """
-    parameters = parameters_of(tools)
+    parameters = None if tools is None else parameters_of(tools)
     fenced = _FENCED.fullmatch(text.strip())
     text = fenced[1] if fenced else text.strip()
     try:
@@ -72,7 +72,7 @@ def parse(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[
         raise CallError("the call is nested too deep") from None
 
 
-def _read(text: str, parameters: Mapping[str, Schema]) -> tuple[Call, ...]:
+def _read(text: str, parameters: Mapping[str, Schema] | None) -> tuple[Call, ...]:
     """The likeliest reading that fits.
 
     A reading in which every quote ends its string is the one that was meant, fit or not. Otherwise
@@ -81,7 +81,8 @@ def _read(text: str, parameters: Mapping[str, Schema]) -> tuple[Call, ...]:
     clean = _first(CallReader(text, clean=True), 1)
     if clean:
         return _likeliest(clean, parameters)
-    names = {name: schema.get("properties") or {} for name, schema in parameters.items()}
+    offers = (parameters or {}).items()
+    names = {name: schema.get("properties") or {} for name, schema in offers}
     offered = _first(CallReader(text, names), MOST_READINGS) if names else []
     any_names = CallReader(text, positional=bool(names))
     readings = offered + _first(any_names, MOST_READINGS)
@@ -96,7 +97,9 @@ def _first(reader: CallReader, most: int) -> list[_Reading]:
     return list(islice(reader.readings(), most))
 
 
-def _likeliest(readings: Iterable[_Reading], parameters: Mapping[str, Schema]) -> tuple[Call, ...]:
+def _likeliest(
+    readings: Iterable[_Reading], parameters: Mapping[str, Schema] | None
+) -> tuple[Call, ...]:
     """The first reading that fits; ambiguous where another one does, too."""
     fitting: list[_Settled] = []
     misfits: list[SchemaError] = []
@@ -115,13 +118,14 @@ def _likeliest(readings: Iterable[_Reading], parameters: Mapping[str, Schema]) -
     return tuple(Call(name, arguments, ambiguous) for name, arguments in fitting[0])
 
 
-def _settled(calls: Iterable[WrittenCall], parameters: Mapping[str, Schema]) -> _Settled:
+def _settled(calls: Iterable[WrittenCall], parameters: Mapping[str, Schema] | None) -> _Settled:
     """Names and arguments, by the tools' schemas; SchemaError where they do not fit."""
     settled: _Settled = []
     for call in calls:
-        if parameters and call.name not in parameters:
-            raise SchemaError(f"there is no tool {call.name!r}; expected {', '.join(parameters)}")
-        schema = parameters.get(call.name, {})
+        if parameters is not None and call.name not in parameters:
+            offered = ", ".join(parameters) or "no call: no tools are on offer"
+            raise SchemaError(f"there is no tool {call.name!r}; expected {offered}")
+        schema = (parameters or {}).get(call.name, {})
         try:
             settled.append((call.name, fit(_named(call, schema), schema)))
         except SchemaError as misfit:
@@ -180,7 +184,7 @@ def as_messages(calls: Iterable[Call]) -> list[dict[str, Any]]:
             "type": "function",
             "function": {
                 "name": call.name,
-                "arguments": json.dumps(call.arguments, ensure_ascii=False),
+                "arguments": json.dumps(call.arguments, ensure_ascii=False, allow_nan=False),
             },
         }
         for place_in_list, call in enumerate(calls)

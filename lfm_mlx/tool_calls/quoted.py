@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lfm_mlx.tool_calls.literals import unescape
+from lfm_mlx.tool_calls.literals import ADJACENT, unescape
 
 _MAY_FOLLOW = re.compile(r"\s*[,)]")
 _ESCAPE = re.compile(r"\\['\"nrt\\]")
@@ -31,12 +31,14 @@ class Quoted:
     def meaning(self) -> tuple[str, bool]:
         """The string's value, and whether its escapes could be meant otherwise."""
         body = self.text[self.begin : self.end]
+        # Python joins strings that stand side by side: 'a' 'b'.
+        joined = any(found[1] == self.quote[0] for found in ADJACENT.finditer(body))
         if self.quote[0] == '"':
-            return unescape(body), len(self.quote) == 3
+            return unescape(body), joined or len(self.quote) == 3
         if len(self.quote) == 3:
             return body, True
-        doubtful = bool(_ESCAPE.search(body))
-        return (unescape(body) if doubtful and self._escapes_quotes() else body), doubtful
+        doubtful = joined or bool(_ESCAPE.search(body))
+        return (unescape(body) if self._escapes_quotes() else body), doubtful
 
     def _escapes_quotes(self) -> bool:
         """Whether there are quotes inside, all of them escaped."""

@@ -1,49 +1,58 @@
-"""Fits a value to a JSON Schema: types and limits hold, or SchemaError says what does not.
+"""Fits a value to a JSON Schema: coerced to the types it names, then validated by jsonschema."""
 
-Keywords that only annotate (format, title, default, …) have no effect.
-"""
-
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lfm_mlx.errors import InputError
-from lfm_mlx.tool_calls.coerce import SchemaError, as_type, plain, shown
+from jsonschema import ValidationError
 
-Schema = Mapping[str, Any]
-# Keyword: the types it speaks of, whether value and limit agree, and the limit in words.
-Limit = tuple[type | tuple[type, ...], Callable[[Any, Any], bool], str]
-_NUMBERS = (int, float)
-_LIMITS: dict[str, Limit] = {
-    "minimum": (_NUMBERS, lambda value, limit: value >= limit, "at least {}"),
-    "maximum": (_NUMBERS, lambda value, limit: value <= limit, "at most {}"),
-    "exclusiveMinimum": (_NUMBERS, lambda value, limit: value > limit, "more than {}"),
-    "exclusiveMaximum": (_NUMBERS, lambda value, limit: value < limit, "less than {}"),
-    "multipleOf": (_NUMBERS, lambda value, limit: _is_multiple(value, limit), "a multiple of {}"),
-    "minLength": (str, lambda value, limit: len(value) >= limit, "{} characters or more"),
-    "maxLength": (str, lambda value, limit: len(value) <= limit, "{} characters or fewer"),
-    "pattern": (str, lambda value, limit: bool(re.search(limit, value)), "a match of {}"),
-    "minItems": (list, lambda value, limit: len(value) >= limit, "{} items or more"),
-    "maxItems": (list, lambda value, limit: len(value) <= limit, "{} items or fewer"),
+from lfm_mlx.errors import InputError, one_line
+from lfm_mlx.text import well_formed
+from lfm_mlx.tool_calls.coerce import Coercion, SchemaError, plain, shown
+from lfm_mlx.tool_calls.schema_check import Schema, validator_of
+
+_EXPECTED = {
+    "minimum": "at least {}",
+    "maximum": "at most {}",
+    "exclusiveMinimum": "more than {}",
+    "exclusiveMaximum": "less than {}",
+    "multipleOf": "a multiple of {}",
+    "minLength": "{} characters or more",
+    "maxLength": "{} characters or fewer",
+    "pattern": "a match of {}",
+    "minItems": "{} items or more",
+    "maxItems": "{} items or fewer",
+    "const": "{}",
 }
 
 
 def parameters_of(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema]:
     """Each tool's schema of its arguments, from `{"type": "function", "function": {…}}` or bare.
 
-    Raises InputError.
+    Raises InputError for what is not a tool, a schema that cannot be followed, and two tools of
+    one name.
     """
     found: dict[str, Schema] = {}
+    if isinstance(tools, str | Mapping) or not isinstance(tools or (), Sequence):
+        raise InputError(f"tools: expected a list; got {type(tools).__name__}")
     for place, tool in enumerate(tools or ()):
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
             raise InputError(f"tools[{place}]: expected a function with a name; got {tool!r:.60}")
-        parameters = function.get("parameters") or {}
-        if not isinstance(parameters, Mapping):
-            raise InputError(f"tools[{place}] ({name}): parameters are not a JSON Schema")
-        found[name] = parameters
+        name = well_formed(name)
+        if name in found:
+            raise InputError(f"tools[{place}] ({name}): a tool before it has the same name")
+        try:
+            found[name] = _parameters(function.get("parameters"))
+        except SchemaError as problem:
+            raise InputError(f"tools[{place}] ({name}): parameters {problem}") from None
     return found
+
+
+def _parameters(given: Any) -> Schema:
+    if not isinstance(given or {}, Mapping):
+        raise SchemaError("are not a JSON Schema")
+    return validator_of(given or {}).schema
 
 
 def fit(value: Any, schema: Any) -> Any:
@@ -51,121 +60,69 @@ def fit(value: Any, schema: Any) -> Any:
 
     Raises SchemaError.
     """
-    return _fit(value, schema, schema if isinstance(schema, Mapping) else {}, coerce=True)
-
-
-def _fit(value: Any, schema: Any, root: Schema, coerce: bool) -> Any:
-    schema = _referred(schema, root)
-    if schema is False:
-        raise SchemaError("is not allowed")
-    if not isinstance(schema, Mapping):
-        return plain(value)
-    for part in schema.get("allOf", ()):
-        value = _fit(value, part, root, coerce)
-    for choices in (schema.get("anyOf"), schema.get("oneOf")):
-        value = _first_fit(value, choices, root, coerce) if choices else value
-    kinds = schema.get("type")
-    if kinds:
-        value = as_type(value, [kinds] if isinstance(kinds, str) else kinds, coerce)
-    value = _as_listed(value, schema, coerce)
-    if isinstance(value, dict):
-        value = _fit_object(value, schema, root, coerce)
-    elif isinstance(value, list):
-        items = schema.get("items", True)
-        value = [_within(f"[{at}]", item, items, root, coerce) for at, item in enumerate(value)]
-    _check_limits(value, schema)
+    validator = validator_of(schema)
+    try:
+        value = plain(Coercion(validator).coerce(value, validator.schema))
+        # The nearest to the whole: that an argument is missing comes before what one of them is.
+        error = min(validator.iter_errors(value), key=lambda it: len(it.path), default=None)
+    except RecursionError:
+        raise SchemaError("is nested too deep, or has a schema that refers to itself") from None
+    if error is not None:
+        raise SchemaError(_described(error))
     return value
 
 
-def _referred(schema: Any, root: Schema) -> Any:
-    """The schema that a `$ref` within `root` leads to."""
-    seen: list[Any] = []
-    while isinstance(schema, Mapping) and str(schema.get("$ref", "")).startswith("#"):
-        if schema in seen:
-            raise SchemaError(f"has a schema that refers to itself, {schema['$ref']}")
-        seen.append(schema)
-        steps = [step for step in schema["$ref"][1:].split("/") if step]
-        schema = root
-        for step in steps:
-            name = step.replace("~1", "/").replace("~0", "~")
-            schema = schema.get(name, True) if isinstance(schema, Mapping) else True
-    return schema
+def _described(error: ValidationError, within: bool = False) -> str:
+    """The place and the fault: `.city is 3; expected string`.
+
+    within: an error of one of several choices, whose place is told from theirs on
+    """
+    steps = error.relative_path if within else error.absolute_path
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)
+    say = _SAY.get(str(error.validator), _expected)
+    return one_line(ValueError(f"{path} {say(error)}"))
 
 
-def _first_fit(value: Any, choices: Sequence[Any], root: Schema, coerce: bool) -> Any:
-    """The value as the first choice that takes it unchanged, else as the first that takes it."""
-    problems: list[str] = []
-    for again in (False, True) if coerce else (False,):
-        for choice in choices:
-            try:
-                return _fit(value, choice, root, again)
-            except SchemaError as misfit:
-                problems.append(str(misfit))
-    raise SchemaError(", or ".join(dict.fromkeys(problems)))
+def _expected(error: Any) -> str:
+    keyword, limit = error.validator, error.validator_value
+    if keyword is None or limit is False:
+        return "is not allowed"
+    if keyword in _EXPECTED:
+        return f"is {shown(error.instance)}; expected {_EXPECTED[keyword].format(shown(limit))}"
+    return f"{shown(error.instance)}: {error.message.removeprefix(repr(error.instance)):.120}"
 
 
-def _as_listed(value: Any, schema: Schema, coerce: bool) -> Any:
-    """The value that `const` or `enum` lists."""
-    if "const" not in schema and "enum" not in schema:
-        return plain(value)
-    listed = [schema["const"]] if "const" in schema else list(schema["enum"])
-    if any(_is_same(plain(value), option) for option in listed):
-        return plain(value)
-    spelled = [option for option in listed if coerce and str(option) == str(value)]
-    if len(spelled) == 1:
-        return spelled[0]
-    raise SchemaError(f"is {shown(value)}; expected {' or '.join(map(shown, listed))}")
+def _alternatives(error: Any) -> str:
+    each = {at: _described(inner, True) for inner in error.context for at in [inner.schema_path[0]]}
+    return ", or ".join(dict.fromkeys(each.values())) or f"fits several of {error.validator}"
 
 
-def _is_same(value: Any, option: Any) -> bool:
-    """Equality as JSON has it: true is not 1."""
-    return value == option and isinstance(value, bool) == isinstance(option, bool)
+def _lacking(error: Any) -> str:
+    missing = [name for name in error.validator_value if name not in error.instance]
+    return f"lacks {', '.join(missing)}"
 
 
-def _fit_object(value: dict[str, Any], schema: Schema, root: Schema, coerce: bool) -> Any:
-    required = schema.get("required", ())
-    missing = [name for name in required if name not in value]
-    if missing:
-        raise SchemaError(f"lacks {', '.join(missing)}")
-    properties = schema.get("properties") or {}
-    others = schema.get("additionalProperties", True)
-    unknown = [name for name in value if name not in properties]
-    if unknown and others is False:
-        raise SchemaError(
-            f"has no place for {', '.join(unknown)}; expected {', '.join(properties)}"
-        )
-    fitted: dict[str, Any] = {}
-    for name, item in value.items():
-        try:
-            fitted[name] = _within(f".{name}", item, properties.get(name, others), root, coerce)
-        except SchemaError:
-            # Models write `unit=None` to leave out what they may leave out.
-            if plain(item) is not None or name in required:
-                raise
-    return fitted
+def _without_place(error: Any) -> str:
+    places = error.schema.get("properties", {})
+    unknown = [name for name in error.instance if name not in places]
+    return f"has no place for {', '.join(unknown)}; expected {', '.join(places) or 'nothing'}"
 
 
-def _within(name: str, value: Any, schema: Any, root: Schema, coerce: bool) -> Any:
-    try:
-        return _fit(value, schema, root, coerce)
-    except SchemaError as misfit:
-        inner = str(misfit)
-        raise SchemaError(f"{name}{inner}" if inner[0] in ".[" else f"{name} {inner}") from None
+def _typed(error: Any) -> str:
+    kinds = error.validator_value
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    return f"is {shown(error.instance)}; expected {' or '.join(kinds)}"
 
 
-def _check_limits(value: Any, schema: Schema) -> None:
-    for keyword, (types, holds, words) in _LIMITS.items():
-        limit = schema.get(keyword)
-        if limit is None or isinstance(value, bool) or not isinstance(value, types):
-            continue
-        try:
-            held = holds(value, limit)
-        except (re.error, TypeError):  # a limit that means nothing in Python limits nothing
-            continue
-        if not held:
-            raise SchemaError(f"is {shown(value)}; expected {words.format(shown(limit))}")
-
-
-def _is_multiple(value: float, limit: float) -> bool:
-    times = value / limit if limit else 0.5
-    return abs(times - round(times)) < 1e-9
+_SAY: dict[str, Callable[[Any], str]] = {
+    "type": _typed,
+    "required": _lacking,
+    "additionalProperties": lambda error: (
+        _without_place(error) if error.validator_value is False else _expected(error)
+    ),
+    "enum": lambda error: (
+        f"is {shown(error.instance)}; expected {' or '.join(map(shown, error.validator_value))}"
+    ),
+    "anyOf": _alternatives,
+    "oneOf": _alternatives,
+}

@@ -127,7 +127,8 @@ def test_what_cannot_be_answered_has_its_error_and_stops_nothing(tmp_path: Path)
 
 def test_no_line_ends_the_batch(tmp_path: Path) -> None:
     deep = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": '
-    deep += '[{"function": {"name": "f", "arguments": {"x": ' + "[" * 600 + "]" * 600 + "}}}]}]}"
+    deep += '[{"function": {"name": "f", "arguments": {"x": '
+    deep += "[" * 100_000 + "]" * 100_000 + "}}}]}]}"
     latin = tmp_path / "in.jsonl"
     lines = [deep.encode(), b'{"prompt": "caf\xe9"}', b'{"id": "\\ud83d", "prompt": "Hi"}',
              b'{"prompt": "Hi \\ud83d"}', b'{"prompt": "What is 1 + 2?"}']  # fmt: skip
@@ -158,11 +159,11 @@ def test_a_fault_in_rendering_is_the_error_of_its_line(
 def test_a_fault_in_reading_an_answer_is_the_error_of_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def faulty(text: Any, tools: Any) -> Any:
+    def faulty(text: Any, tools: Any, thinking: bool) -> Any:
         pieces = "".join(text)
         if "3." in pieces:
             raise RuntimeError("torn")
-        return segments([pieces], tools)
+        return segments([pieces], tools, thinking)
 
     segments = many.chatml.segments
     monkeypatch.setattr(many.chatml, "segments", faulty)

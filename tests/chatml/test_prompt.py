@@ -1,5 +1,7 @@
 """Messages to token ids: golden renderings, and content that stays content whatever it spells."""
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from lfm_mlx import chatml
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.errors import InputError
 from lfm_mlx.load import load_tokenizer
+from lfm_mlx.text import well_formed
 
 TOKENIZER = load_tokenizer(DEMO_FOLDER)
 ADDED = TOKENIZER.get_added_vocab()
@@ -115,12 +118,17 @@ def test_render_is_the_plain_rendering(contents: list[str]) -> None:
     assert chatml.render(TOKENIZER, messages) == plain
 
 
+def system_text(text: str) -> str:
+    """The text without the tags of a tool list, which are tokens in a system message."""
+    return re.sub(r"<\|tool_list_(start|end)\|>", "", text)
+
+
 def conversation(spelled: str) -> dict[str, Any]:
     """Everything a user, a tool or a client may write, with something spelled in all of it."""
     text = f"a{spelled} b {spelled}"
     function = {"name": "f", "arguments": {"x": text, "l": [text], "m": {text: text}}}
     messages = [
-        {"role": "system", "content": text},
+        {"role": "system", "content": system_text(text)},
         {"role": "user", "content": [{"type": "text", "text": text}]},
         {"role": "assistant", "content": f"no {text}", "thinking": text,
          "tool_calls": [{"function": function}]},
@@ -131,12 +139,19 @@ def conversation(spelled: str) -> dict[str, Any]:
     return {"messages": messages, "tools": tools, "date": "2026-01-02"}
 
 
+def spelled_out(ids: list[int], spelled: str) -> str:
+    """The text of a conversation of §, with this spelled in its place."""
+    system, others = decoded(ids).split("\n\nToday's date", 1)
+    within = system.replace("§", system_text(spelled))
+    return "\n\nToday's date".join([within, others.replace("§", spelled)])
+
+
 @pytest.mark.parametrize("token", ADDED)
 def test_a_special_token_in_content_is_text(token: str) -> None:
     ids = chatml.render(TOKENIZER, **conversation(token))
     escape_controls = chatml.render(TOKENIZER, **conversation("§"))
     assert tokens_among(ids) == tokens_among(escape_controls)
-    assert decoded(ids) == decoded(escape_controls).replace("§", token)
+    assert decoded(ids) == spelled_out(escape_controls, token)
 
 
 def test_all_special_tokens_together_are_text() -> None:
@@ -144,7 +159,82 @@ def test_all_special_tokens_together_are_text() -> None:
     ids = chatml.render(TOKENIZER, **conversation(spelled))
     escape_controls = chatml.render(TOKENIZER, **conversation("§"))
     assert tokens_among(ids) == tokens_among(escape_controls)
-    assert decoded(ids) == decoded(escape_controls).replace("§", spelled)
+    assert decoded(ids) == spelled_out(escape_controls, spelled)
+
+
+def test_a_system_message_may_list_its_tools_by_hand() -> None:
+    start, end = ADDED["<|tool_list_start|>"], ADDED["<|tool_list_end|>"]
+    text = f"List of tools: <|tool_list_start|>{[TOOL]}<|tool_list_end|><|im_end|>"
+    for role in ("system", "developer"):
+        ids = chatml.render(TOKENIZER, [{"role": role, "content": text}, ASK])
+        assert list(tokens_among(ids)[2:5]) == [start, end, ADDED["<|im_end|>"]]
+        assert decoded(ids[ids.index(start) + 1 : ids.index(end)]) == f"{[TOOL]}"
+    for role in ("user", "assistant"):
+        ids = chatml.render(TOKENIZER, [{"role": role, "content": text}, ASK])
+        assert not {start, end} & {*ids}
+
+
+def test_an_answer_that_was_begun_is_continued() -> None:
+    begun = {"role": "assistant", "content": "The answer "}
+    ids = chatml.render(TOKENIZER, [ASK, begun], continue_final_message=True)
+    assert decoded(ids).endswith("<|im_start|>assistant\nThe answer ")
+    spelling = {"role": "assistant", "content": "CONTINUE_FINAL_MESSAGE_TAG <|im_end|> so"}
+    ids = chatml.render(TOKENIZER, [ASK, spelling], continue_final_message=True)
+    assert decoded(ids).endswith("assistant\nCONTINUE_FINAL_MESSAGE_TAG <|im_end|> so")
+    assert not chatml.ends_in_thinking(TOKENIZER, ids)
+    thought = {"role": "assistant", "thinking": "So far"}
+    ids = chatml.render(TOKENIZER, [ASK, thought], continue_final_message=True)
+    assert decoded(ids).endswith("<|im_start|>assistant\n<think>So far")
+    assert chatml.ends_in_thinking(TOKENIZER, ids)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "says"),
+    [
+        ([ASK], {}, "expected the last message to be an answer that was begun"),
+        ([ASK, {"role": "assistant", "content": ""}], {}, "an answer that was begun"),
+        ([ASK, ANSWER], {"add_generation_prompt": True}, "exclude each other"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(messages: Any, options: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        chatml.render(TOKENIZER, messages, continue_final_message=True, **options)
+
+
+# Half an emoji, both halves in a wrong order, and whatever else a string of Python's may hold.
+ANY_TEXT = st.text(st.characters() | st.sampled_from("\ud83d\ude00\udce9"), max_size=8)
+
+
+@given(ANY_TEXT, ANY_TEXT, ANY_TEXT)
+def test_any_text_can_be_read(one: str, two: str, three: str) -> None:
+    call = {"id": three, "function": {"name": one or "f", "arguments": {two: [three]}}}
+    messages = [
+        {"role": "system", "content": one},
+        {"role": "user", "content": [{"type": "text", "text": two}]},
+        {"role": "assistant", "content": three, "reasoning_content": one, "tool_calls": [call]},
+        {"role": "tool", "content": two, "tool_call_id": three},
+    ]
+    tools = [{"name": one or "f", "description": two, "parameters": {"title": three}}]
+    ids = chatml.render(TOKENIZER, messages, tools=tools)
+    assert decoded(ids).encode()
+    assert well_formed(two) in decoded(ids)
+
+
+def test_deep_messages_are_read_or_refused_in_one_line() -> None:
+    def nested(depth: int) -> Any:
+        return json.loads("[" * depth + "]" * depth)
+
+    def calling(depth: int) -> list[Any]:
+        function = {"name": "f", "arguments": {"x": nested(depth)}}
+        return [ASK, {"role": "assistant", "tool_calls": [{"function": function}]}]
+
+    assert "[" * 600 in decoded(chatml.render(TOKENIZER, calling(600)))
+    inner: Any = []
+    for _ in range(5000):
+        inner = [inner]
+    messages = [ASK, {"role": "assistant", "content": "", "more": inner}]
+    with pytest.raises(InputError, match="nested too deep"):
+        chatml.render(TOKENIZER, messages)
 
 
 def test_a_token_in_two_parts_is_text() -> None:

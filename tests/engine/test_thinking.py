@@ -1,6 +1,6 @@
 """Thinking budgets on token lists: what is allowed, what is counted, where the answer begins."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from walks import STOPS, VOCAB_SIZE, allowed_tokens
 
@@ -80,11 +80,14 @@ def test_an_answer_is_owed_after_thinking() -> None:
     st.integers(0, 6),
     st.sampled_from([None, [[70, 71], [70]]]),
 )
+@example([1, 1, 1, CLOSE, 1, 1, OPEN, 1, 1, 1, 1], 3, [[70, 71], [70]])
 def test_thoughts_never_exceed_their_budget(
     wishes: list[int], budget: int, choices: list[list[int]] | None
 ) -> None:
     constraint = thinking(budget, choices)
     came = follow(constraint, wishes)
+    # An answer is over at its stop token: nothing that is wished for behind it is ever drawn.
+    came = came[: came.index(STOP)] if STOP in came else came
     assert constraint.thought_tokens <= budget
     inside = thought = 0
     for token in came:

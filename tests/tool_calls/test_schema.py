@@ -90,7 +90,7 @@ MISFITS: list[tuple[Any, Any, str]] = [
     ("abc", {"pattern": "^b"}, "a match of '^b'"),
     ([], {"minItems": 1}, "1 items or more"),
     ([1, 2], {"maxItems": 1}, "1 items or fewer"),
-    (1, {"$ref": "#"}, "refers to itself"),
+    (1, {"$ref": "#"}, "refer to themselves"),
 ]  # fmt: skip
 
 
