@@ -100,7 +100,7 @@ def test_results_say_what_was_answered(
 BROKEN = [
     ("{", "no JSON"),
     ('"text"', "expected a JSON object"),
-    ("[" * 100_000, "recursion"),
+    ("[" * 100_000, "nested too deep"),
     ({"id": 1.5, "prompt": "Hi"}, "id is 1.5; expected text or an integer"),
     ({"id": "good", "prompt": "Hi"}, "id 'good' is that of line 1"),
     ({"prompt": "Hi", "temperature": 1}, "temperature unknown; expected id, prompt"),
