@@ -51,21 +51,24 @@ class Screen:
 
     def show(self, segments: Iterable[chatml.Segment]) -> None:
         block: Block = Prose()
-        with Live(
+        live = Live(
             Tail(block, self._status), console=self._console, transient=True,
             refresh_per_second=REDRAWS_PER_SECOND,
-        ) as live:  # fmt: skip
-            try:
-                for segment in segments:
-                    if segment.begins:
-                        self._close(live, block)
-                        block = self._block(segment.kind)
-                        live.update(Tail(block, self._status))
-                    self._settle(block.add(segment.text))
-                    if segment.reason:
-                        self.note(f"(no call: {segment.reason})")
-            finally:
-                self._close(live, block)
+        )  # fmt: skip
+        # Ctrl-C may come while it starts, which a `with` would not undo: it would draw for ever.
+        try:
+            live.start(refresh=True)
+            for segment in segments:
+                if segment.begins:
+                    self._close(live, block)
+                    block = self._block(segment.kind)
+                    live.update(Tail(block, self._status))
+                self._settle(block.add(segment.text))
+                if segment.reason:
+                    self.note(f"(no call: {segment.reason})")
+        finally:
+            self._close(live, block)
+            live.stop()
 
     def _close(self, live: Live, block: Block) -> None:
         """Settle the block, whose open lines would else be drawn once more below it."""
