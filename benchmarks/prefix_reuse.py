@@ -25,7 +25,7 @@ from typing import Any
 
 from lfm_mlx.checkpoint.hub import resolve
 from lfm_mlx.cli.command import Parser, run
-from lfm_mlx.convert import convert
+from lfm_mlx.convert.program import convert
 from lfm_mlx.errors import InputError
 from lfm_mlx.kernels import metal
 from lfm_mlx.load import load_tokenizer, open_checkpoint

@@ -35,7 +35,7 @@ from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe, packable
 from lfm_mlx.checkpoint.writer import copy_kept
 from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.config import Config
-from lfm_mlx.convert import convert, converted_config, source_name
+from lfm_mlx.convert.program import convert, converted_config, source_name
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.files import no_room, write_json
 from lfm_mlx.load import DTYPES

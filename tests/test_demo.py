@@ -14,7 +14,7 @@ from reference import FIXTURES
 from lfm_mlx import Model
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.checkpoint.quantize import Quantization, Recipe
-from lfm_mlx.convert import convert
+from lfm_mlx.convert.program import convert
 from lfm_mlx.engine.decode import decode
 from lfm_mlx.load import load, load_model, load_tokenizer
 

@@ -259,7 +259,7 @@ def test_generate_ends_with_one_line_and_code_2(tmp_path: Path, name: str) -> No
     assert done.returncode == BAD_INPUT, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("lfm_mlx.generate: ")
+    assert done.stderr.startswith("error: ")
     assert DAMAGES[name].said in done.stderr
     assert contents(tmp_path) == before
 
@@ -440,8 +440,7 @@ def test_generate_without_a_tokenizer(tokenizer_folder: Path) -> None:
     done = command("generate", "--model", tokenizer_folder, "--prompt", "hello")
     assert done.returncode == BAD_INPUT
     assert done.stderr == (
-        f"lfm_mlx.generate: {tokenizer_folder}: no tokenizer.json; "
-        "take it from the model's own repository\n"
+        f"error: {tokenizer_folder}: no tokenizer.json; take it from the model's own repository\n"
     )
 
 

@@ -649,7 +649,7 @@ def test_wrong_use_gets_one_line(
 ) -> None:
     assert call(*arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("lfm_mlx.mlx_lm: ")
+    assert error.startswith("error: ")
     assert said in error
     assert error.count("\n") == 1
 
@@ -888,7 +888,7 @@ def test_a_server_that_cannot_load_its_model_ends(tmp_path: Path, kind: str) -> 
     done = subprocess.run([*command, "--port", "0"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("lfm_mlx.mlx_lm: ")
+    assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize("error", [KeyError("scale"), TypeError("x"), RuntimeError("[load] a\nb")])

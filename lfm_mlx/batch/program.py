@@ -9,7 +9,6 @@ anew that failed or were changed: their last result counts. `--in -` and `--out 
 streams.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -24,40 +23,11 @@ from lfm_mlx.answer.many import Answered, answer_many
 from lfm_mlx.answer.question import Question, ask
 from lfm_mlx.answer.stream import rate
 from lfm_mlx.batch.files import STANDARD, Request, Results, open_results, read_requests
-from lfm_mlx.cli.command import Parser, run
-from lfm_mlx.cli.model_options import (
-    SelectedModel,
-    add_model_options,
-    add_sampling_options,
-    at_least_one,
-)
+from lfm_mlx.batch.options import parser
+from lfm_mlx.cli.model_options import at_least_one
+from lfm_mlx.cli.selected_model import SelectedModel
 from lfm_mlx.errors import InputError, one_line
 from lfm_mlx.model import Model
-
-MAX_TOKENS = 4096
-BATCH_SIZE = 8
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lfm_mlx.batch", description="Answer many prompts together.")
-    add = parser.add_argument
-    add(
-        "--in",
-        dest="source",
-        required=True,
-        type=Path,
-        metavar="FILE.jsonl",
-        help="requests; - for standard input",
-    )
-    add("--out", dest="target", required=True, type=Path, metavar="FILE.jsonl",
-        help="results, added to those that are there; - for standard output")  # fmt: skip
-    add("--max-tokens", type=int, default=MAX_TOKENS,
-        help="longest answer where a line has no max_tokens (default %(default)s)")  # fmt: skip
-    add("--batch-size", type=int, default=BATCH_SIZE, metavar="N",
-        help="answers decoded together (default %(default)s)")  # fmt: skip
-    add_sampling_options(parser)
-    add_model_options(parser)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -161,7 +131,3 @@ def result_of(answered: Answered) -> dict[str, Any]:
         "prompt_tokens": answered.prompt_tokens,
         "generated_tokens": answered.generated_tokens,
     }
-
-
-def command() -> int:
-    return run(main, "lfm_mlx.batch")

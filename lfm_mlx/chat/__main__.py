@@ -2,7 +2,7 @@
 
 import sys
 
-from lfm_mlx.chat.program import command
+from lfm_mlx.cli.entry import start
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(start("chat"))

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterable
 
 from lfm_mlx.chatml import Segment
-from lfm_mlx.cli.command import read_with_replacement
 from lfm_mlx.cli.printer import Printer, escape_controls
 from lfm_mlx.text import well_formed
 
@@ -14,7 +13,6 @@ class Plain:
 
     def __init__(self, show_thinking: bool):
         self.show_thinking = show_thinking
-        read_with_replacement(sys.stdin)
 
     def ask(self, default: str = "") -> str:
         lines = [line()]

@@ -10,41 +10,18 @@ from pathlib import Path
 
 from lfm_mlx import device
 from lfm_mlx.answer.control import Control
-from lfm_mlx.answer.question import MAX_TOKENS
 from lfm_mlx.answer.responder import Responder
 from lfm_mlx.chat.commands import COMMANDS, run_command
 from lfm_mlx.chat.conversation import Conversation
+from lfm_mlx.chat.options import parser
 from lfm_mlx.chat.plain import Plain
 from lfm_mlx.chat.session import Session, status
 from lfm_mlx.chat.tools import Tools
 from lfm_mlx.chat.view import View
-from lfm_mlx.cli.command import Parser, run
-from lfm_mlx.cli.control_options import add_thinking_options, thinking_tokens
-from lfm_mlx.cli.model_options import (
-    SelectedModel,
-    add_model_options,
-    add_sampling_options,
-    at_least_one,
-)
+from lfm_mlx.cli.control_options import thinking_tokens
+from lfm_mlx.cli.model_options import at_least_one
+from lfm_mlx.cli.selected_model import SelectedModel
 from lfm_mlx.errors import InputError, one_line
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lfm_mlx.chat", description="Converse on a terminal, or through pipes.")
-    add = parser.add_argument
-    add("--system", metavar="TEXT", help="the system message")
-    add("--conversation", metavar="FILE", help="go on with this one if it is there, and keep it")
-    add("--tools", metavar="FILE.py", help="offer the public functions of a Python file")
-    add("--yes", action="store_true", help="run tools without asking")
-    add("--tool-seconds", type=float, default=30.0, metavar="S",
-        help="how long one call of a tool may take (default %(default)g)")  # fmt: skip
-    add("--no-show-thinking", action="store_true", help="begin with thoughts folded away")
-    add("--plain", action="store_true", help="on a terminal too, be as in a pipe")
-    add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
-    add_thinking_options(parser.add_argument_group("thinking"))
-    add_sampling_options(parser)
-    add_model_options(parser)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +92,3 @@ def handle(session: Session, text: str) -> None:
         run_command(session, text)
     elif text.strip():
         session.ask(text)
-
-
-def command() -> int:
-    return run(main, "lfm_mlx.chat")

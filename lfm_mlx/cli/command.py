@@ -1,16 +1,18 @@
 """The end of a command: exit codes, and the one line that says what went wrong.
 
-0 done, 2 wrong use or bad input (one line on stderr), 130 interrupted. Everything a user can get
-wrong raises InputError; any other exception is a fault of ours and keeps its traceback.
+0 done, 2 wrong use or bad input (one line on stderr, which begins with `error:`), 130 interrupted.
+Everything a user can get wrong raises InputError; any other exception is a fault of ours and keeps
+its traceback.
 """
 
 import argparse
-import io
-import os
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from lfm_mlx.cli import streams
+from lfm_mlx.cli.spelling import advice
 from lfm_mlx.errors import InputError, one_line
 
 DONE = 0
@@ -25,26 +27,46 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the options")
+        raise InputError(
+            f"{message}{advice(message, self._option_string_actions)}; --help lists the options"
+        )
 
-
-def read_with_replacement(stream: Any) -> None:
-    """Let a byte that is not text become U+FFFD on a standard stream, whatever the locale says."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own leaves out what cannot be written, such as help behind a full disk.
+        if message:
+            (file or sys.stderr).write(message)
 
 
 def run(main: Callable[[], int | None], name: str) -> int:
-    """Call `main` and return the exit code its outcome stands for; `name` begins the error line."""
+    """Call `main` and return the exit code its outcome stands for.
+
+    name: of the command, for the line that tells of an interruption
+    """
+    streams.prepare()
     try:
-        return main() or DONE
+        with streams.delivered():
+            return outcome(main)
     except InputError as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        tell(f"error: {one_line(error)}")
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        tell(f"{name}: interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has gone: give Python's shutdown a place to flush to, and be silent.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        return DONE  # the reader (`| head`) has what it wants
+
+
+def outcome(main: Callable[[], int | None]) -> int:
+    """The exit code of `main`, which may leave by way of SystemExit, as --help does."""
+    try:
+        return main() or DONE
+    except SystemExit as left:
+        if isinstance(left.code, str):
+            raise InputError(left.code) from left
+        return left.code or DONE
+
+
+def tell(line: str) -> None:
+    """Write a line to stderr, if that can be done."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

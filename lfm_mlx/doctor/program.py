@@ -9,7 +9,6 @@ ends with one JSON line. Exit code: 1 where a kernel is wrong or does not run, e
 it times the operations alone.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -26,10 +25,12 @@ from tqdm import tqdm
 
 from lfm_mlx import chatml, device
 from lfm_mlx.checkpoint.hub import resolve
-from lfm_mlx.cli.command import DONE, Parser, run
-from lfm_mlx.cli.model_options import LOADING, at_least_one
+from lfm_mlx.cli.command import DONE
+from lfm_mlx.cli.model_options import at_least_one
+from lfm_mlx.cli.selected_model import LOADING
 from lfm_mlx.doctor.cases import Sizes, cases
 from lfm_mlx.doctor.measure import DOES_NOT_RUN, WRONG, Finding, examine
+from lfm_mlx.doctor.options import parser
 from lfm_mlx.doctor.verdict import opinions, setting_without
 from lfm_mlx.engine.decode import decode
 from lfm_mlx.kernels import metal
@@ -155,17 +156,6 @@ def show_decodings(name: str, found: dict[str, Any]) -> None:
         print("the tokens are equal" if apart is None else f"token {apart} is the first to differ")
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lfm_mlx.doctor", description="Examine the kernels on this machine.")
-    add = parser.add_argument
-    add("--quick", action="store_true", help="without the head's shapes, and fewer tokens")
-    add("--dtype", choices=DTYPES, help="of activations (default: each)")
-    add("--kernel", choices=metal.OPERATIONS, action="append", help="examine this one (repeatable)")
-    add("--model", default="demo", help="what decodes: folder, hub name, or demo (default)")
-    add("--runs", type=int, default=5, help="rounds whose medians are told (default %(default)s)")
-    return parser
-
-
 class Decoder:
     """The model that decodes: looked at before anything is measured, loaded afterwards."""
 
@@ -209,7 +199,3 @@ def main(argv: list[str] | None = None, sizes: Sizes = REAL) -> int:
     }
     print(json.dumps(record))
     return FAULT if faulty else DONE
-
-
-def command() -> int:
-    return run(main, "lfm_mlx.doctor")

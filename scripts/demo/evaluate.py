@@ -21,7 +21,7 @@ from tqdm import tqdm
 from lfm_mlx import Model, chatml
 from lfm_mlx.checkpoint.quantize import Quantization, Recipe
 from lfm_mlx.cli.command import Parser, run
-from lfm_mlx.convert import convert
+from lfm_mlx.convert.program import convert
 from lfm_mlx.load import load
 
 LONGEST_ANSWER = 160

@@ -14,7 +14,7 @@ from model.test_decoder import ODD
 from models import model_of
 from walks import ADDED, STOPS, TOKENIZER, VOCAB_SIZE
 
-from lfm_mlx import Model, chatml, generate
+from lfm_mlx import Model, chatml
 from lfm_mlx.answer.control import Control, vocabulary_of
 from lfm_mlx.cli.command import BAD_INPUT, run
 from lfm_mlx.engine.choice_scores import score_choices
@@ -22,6 +22,7 @@ from lfm_mlx.engine.constraint import OneOf
 from lfm_mlx.engine.decode import decode
 from lfm_mlx.engine.sample import Sampler, Sampling
 from lfm_mlx.errors import InputError
+from lfm_mlx.generate import program as generate
 
 SCHEMA = {
     "type": "object",

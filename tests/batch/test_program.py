@@ -17,6 +17,7 @@ from lfm_mlx.batch import program
 from lfm_mlx.batch.files import Request, open_results, read_requests
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.cli.entry import start
 from lfm_mlx.errors import InputError
 from lfm_mlx.load import load_model, load_tokenizer
 
@@ -293,7 +294,7 @@ def test_a_file_of_something_else_is_left_as_it_is(
     source, target = written(tmp_path / "in.jsonl", LINES[:1]), tmp_path / "out.jsonl"
     target.write_text(content, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["lfm_mlx.batch", *arguments(source, target)])
-    assert program.command() == BAD_INPUT
+    assert start("batch") == BAD_INPUT
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
@@ -305,7 +306,7 @@ def test_wrong_use_is_one_line(
 ) -> None:
     def refused(*argv: str) -> str:
         monkeypatch.setattr(sys, "argv", ["lfm_mlx.batch", *argv])
-        assert program.command() == BAD_INPUT
+        assert start("batch") == BAD_INPUT
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         return err

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from chat.terminals import Terminal
 
-from lfm_mlx.chat import program
 from lfm_mlx.cli.command import BAD_INPUT, DONE
+from lfm_mlx.cli.entry import start
 
 COMMAND = [sys.executable, "-m", "lfm_mlx.chat", "--model", "demo"]
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tools.py")
@@ -89,7 +89,7 @@ def test_wrong_use_is_one_line(
     options: list[str], says: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["lfm_mlx.chat", "--model", "demo", *options])
-    assert program.command() == BAD_INPUT
+    assert start("chat") == BAD_INPUT
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
@@ -100,8 +100,8 @@ def test_what_a_terminal_needs_is_said() -> None:
     _, terminal = pty.openpty()
     code = (
         "import sys; sys.modules['prompt_toolkit'] = None\n"
-        "from lfm_mlx.chat import program\n"
-        "sys.exit(program.command())"
+        "from lfm_mlx.cli.entry import start\n"
+        "sys.exit(start('chat'))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, "--model", "demo"],

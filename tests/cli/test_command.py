@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from lfm_mlx import convert, generate
 from lfm_mlx.cli.command import BAD_INPUT, run
+from lfm_mlx.convert import program as convert
 from lfm_mlx.errors import InputError
+from lfm_mlx.generate import program as generate
 
 
 @pytest.mark.parametrize("command", [generate, convert])
@@ -26,7 +27,7 @@ def test_wrong_options_are_one_line(
     assert run(lambda: command.main([*known, *options]), "name") == BAD_INPUT  # pyright: ignore
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("name: ")
+    assert err.startswith("error: ")
     assert reason in err
     assert err.count("\n") == 1
 
@@ -42,7 +43,7 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     ("raised", "code", "said"),
     [
         (None, 0, ""),
-        (InputError("no\n  such\tfolder "), 2, "name: no such folder\n"),
+        (InputError("no\n  such\tfolder "), 2, "error: no such folder\n"),
         (KeyboardInterrupt(), 130, "name: interrupted\n"),
     ],
 )

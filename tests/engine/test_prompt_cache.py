@@ -14,15 +14,17 @@ from make_random_checkpoint import random_tensors
 from model.test_decoder import ODD
 from models import model_of
 
-from lfm_mlx import Model, generate
+from lfm_mlx import Model
 from lfm_mlx.cache.cache import cached_tokens, token_log
 from lfm_mlx.cache.keys_values import KVQuantization, quantize_cache
 from lfm_mlx.cache.rewind import common_length, rewind
 from lfm_mlx.chatml import vocabulary_fingerprint
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.cli.entry import start
 from lfm_mlx.engine import prompt_cache
 from lfm_mlx.errors import InputError
+from lfm_mlx.generate import program as generate
 from lfm_mlx.load import load_model, load_tokenizer
 
 WIDE = ODD | {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 64}
@@ -262,7 +264,7 @@ def test_generate_refuses_a_cache_that_does_not_fit(
     }
     for says, argv in refused.items():
         monkeypatch.setattr(sys, "argv", ["generate", *ASKED, "--prompt", "a", *argv])
-        assert generate.command() == BAD_INPUT
+        assert start("generate") == BAD_INPUT
         out, err = capsys.readouterr()
         assert says in err
         assert err.count("\n") == 1

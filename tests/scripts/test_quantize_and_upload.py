@@ -80,7 +80,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, **names: str) -
     printed = capsys.readouterr()
     assert printed.out == ""
     last = printed.err.splitlines()[-1]
-    assert last.startswith("quantize_and_upload: ")
+    assert last.startswith("error: ")
     assert "Traceback" not in printed.err
     return last
 

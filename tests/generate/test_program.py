@@ -13,11 +13,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from lfm_mlx import chatml, device, generate
+from lfm_mlx import chatml, device
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.cli import printer
 from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
+from lfm_mlx.cli.entry import start
 from lfm_mlx.errors import InputError
+from lfm_mlx.generate import program as generate
 from lfm_mlx.load import load_tokenizer
 
 COMMAND = [sys.executable, "-m", "lfm_mlx.generate", "--model", "demo"]
@@ -135,7 +137,7 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lfm_mlx.generate", "--model", "demo", *argv])
-    assert generate.command() == BAD_INPUT
+    assert start("generate") == BAD_INPUT
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
@@ -155,10 +157,10 @@ def test_what_cannot_fit_is_refused_before_loading(
 ) -> None:
     monkeypatch.setattr(device, "device_bytes", lambda: 100 << 20)
     monkeypatch.setattr(sys, "argv", [*COMMAND[2:], "--prompt", "a", "--max-tokens", "2"])
-    assert generate.command() == BAD_INPUT
+    assert start("generate") == BAD_INPUT
     assert "the device has 0.1 GB" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--force"])
-    assert generate.command() == 0
+    assert start("generate") == 0
 
 
 def test_a_terminal_sees_dim_thinking() -> None:

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from lfm_mlx.checkpoint import weights
 from lfm_mlx.checkpoint.folder import ITEMSIZE, TensorInfo
 from lfm_mlx.checkpoint.hub import resolve
-from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe, packable
+from lfm_mlx.checkpoint.quantize import Quantization, Recipe, packable
 from lfm_mlx.checkpoint.writer import ShardWriter, copy_kept, is_checkpoint
-from lfm_mlx.cli.command import DONE, Parser, run
+from lfm_mlx.cli.command import DONE
+from lfm_mlx.convert.options import parser
 from lfm_mlx.errors import InputError
 from lfm_mlx.files import atomic_folder, free_bytes, require_vacant, write_json
 from lfm_mlx.load import DTYPES, as_dtype, open_checkpoint
@@ -224,20 +225,6 @@ def converted_config(
     return result | {"conversion": done}
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lfm_mlx.convert", description="Make an MLX folder of a checkpoint.")
-    parser.add_argument("--model", required=True, help="folder, hub name, or demo")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
-    parser.add_argument("--out", required=True, help="the folder to make")
-    parser.add_argument("--bits", type=int, help="quantize to this many bits: 2, 3, 4, 5, 6 or 8")
-    parser.add_argument("--group-size", type=int, help="elements that share a scale")
-    parser.add_argument("--mode", choices=MODES, help="kind of quantization (default affine)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of what stays floating")
-    parser.add_argument("--check", action="store_true", help="refuse weights with NaN or infinity")
-    parser.add_argument("--force", action="store_true", help="replace the folder at --out")
-    return parser
-
-
 def recipe_of(args: argparse.Namespace) -> Recipe | None:
     """The recipe that --bits, --group-size and --mode ask for; None if none of them is given."""
     if args.bits is None and args.group_size is None and args.mode is None:
@@ -262,11 +249,3 @@ def main(argv: list[str] | None = None) -> int:
         f"{report.seconds:.1f} s"
     )
     return NOT_FINITE if report.noted else DONE
-
-
-def command() -> int:
-    return run(main, "lfm_mlx.convert")
-
-
-if __name__ == "__main__":
-    sys.exit(command())

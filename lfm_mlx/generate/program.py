@@ -16,23 +16,19 @@ from tqdm import tqdm
 
 from lfm_mlx import chatml, device
 from lfm_mlx.answer.control import Control
-from lfm_mlx.answer.question import MAX_TOKENS, Question, ask
+from lfm_mlx.answer.question import Question, ask
 from lfm_mlx.answer.responder import Responder
-from lfm_mlx.cache.keys_values import BITS, KVQuantization
-from lfm_mlx.cli.command import DONE, INTERRUPTED, Parser, read_with_replacement, run
-from lfm_mlx.cli.control_options import add_options, control_of
-from lfm_mlx.cli.model_options import (
-    SelectedModel,
-    add_model_options,
-    add_sampling_options,
-    at_least_one,
-)
+from lfm_mlx.cache.keys_values import KVQuantization
+from lfm_mlx.cli.command import DONE, INTERRUPTED
+from lfm_mlx.cli.control import control_of
+from lfm_mlx.cli.model_options import at_least_one
 from lfm_mlx.cli.printer import Printer
+from lfm_mlx.cli.selected_model import SelectedModel
 from lfm_mlx.config import Config
 from lfm_mlx.engine import prompt_cache
 from lfm_mlx.engine.decode import PREFILL_CHUNK
-from lfm_mlx.engine.lookup import LONGEST_DRAFT
 from lfm_mlx.errors import InputError
+from lfm_mlx.generate.options import parser
 from lfm_mlx.text import well_formed
 
 CUT_SHORT = (
@@ -49,15 +45,21 @@ def question_of(args: argparse.Namespace, control: Control, chosen: SelectedMode
     )  # fmt: skip
 
 
+def prompt_of(args: argparse.Namespace) -> str:
+    """The text of --prompt, or of the question and what is piped in."""
+    if args.prompt is not None and args.question:
+        raise InputError("--prompt and a question exclude each other; give one")
+    if args.prompt is not None:
+        return args.prompt
+    if sys.stdin.isatty() and not args.question:
+        raise InputError("no prompt: give a question or --prompt TEXT, or pipe the text in")
+    piped = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\r\n")
+    return "\n\n".join(part for part in (" ".join(args.question), piped) if part.strip())
+
+
 def messages_of(args: argparse.Namespace, control: Control, tokenizer: Any) -> list[Any]:
     """Messages, or with --raw the token ids of the text."""
-    prompt = args.prompt
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise InputError("no prompt: give --prompt TEXT, or pipe the text in")
-        read_with_replacement(sys.stdin)
-        prompt = sys.stdin.read()
-    prompt = well_formed(prompt)
+    prompt = well_formed(prompt_of(args))
     if not prompt.strip():
         raise InputError("the prompt is empty")
     if args.raw:
@@ -68,37 +70,6 @@ def messages_of(args: argparse.Namespace, control: Control, tokenizer: Any) -> l
         return list(tokenizer.encode(prompt, verbose=False))
     system = [] if args.system is None else [{"role": "system", "content": args.system}]
     return [*system, {"role": "user", "content": prompt}]
-
-
-def parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="lfm_mlx.generate", description="Answer a prompt.")
-    add = parser.add_argument
-    add("--prompt", help="the user's message (default: standard input)")
-    add("--system", help="the system message")
-    add("--raw", action="store_true", help="continue the prompt as it is, without chat template")
-    add("--no-show-thinking", action="store_true", help="show the answer only")
-    add("--json", action="store_true", help="one JSON object per event on stdout")
-    add("--max-tokens", type=int, default=MAX_TOKENS, help="longest answer (default %(default)s)")
-    add(
-        "--lookup",
-        type=int,
-        nargs="?",
-        const=LONGEST_DRAFT,
-        metavar="N",
-        help="draft up to N tokens a pass (default %(const)s) from what was read before",
-    )
-    add(
-        "--prompt-cache",
-        metavar="FILE",
-        help="keep the processed prompt in FILE, and reuse it next time",
-    )
-    add("--kv-bits", type=int, choices=BITS, help="quantize keys and values")
-    add("--kv-group-size", type=int, metavar="G", help="default: what the head width allows")
-    add("--kv-start", type=int, metavar="N", help="quantize once N tokens were read (default 0)")
-    add_options(parser)
-    add_sampling_options(parser)
-    add_model_options(parser)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,11 +162,3 @@ def print_choices(printer: Printer, control: Control, probabilities: list[float]
         return
     for number, choice in ranked:
         print(f"{number:8.4f}  {choice}", file=sys.stderr)
-
-
-def command() -> int:
-    return run(main, "lfm_mlx.generate")
-
-
-if __name__ == "__main__":
-    sys.exit(command())

@@ -27,12 +27,12 @@ from folders import (
 from mlx_lm import utils
 from reference import TRANSFORMERS5_FOLDERS, relative_error, transformers5_answer
 
-from lfm_mlx import convert as convert_module
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.checkpoint.quantize import MODES, Quantization, Recipe
 from lfm_mlx.checkpoint.writer import ShardWriter
 from lfm_mlx.cli.command import BAD_INPUT, INTERRUPTED
-from lfm_mlx.convert import convert
+from lfm_mlx.convert import program as convert_module
+from lfm_mlx.convert.program import convert
 from lfm_mlx.errors import InputError
 from lfm_mlx.load import load_model
 
@@ -399,7 +399,7 @@ def test_command_ends_with_one_line_and_code_2(tmp_path: Path, name: str) -> Non
     assert done.returncode == BAD_INPUT, done.stderr
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("lfm_mlx.convert: ")
+    assert done.stderr.startswith("error: ")
     assert DAMAGES[name].said in done.stderr
     assert contents(tmp_path) == before
 
@@ -410,7 +410,9 @@ def test_command_ends_with_one_line_and_code_2(tmp_path: Path, name: str) -> Non
 STOPPED = """
 import os, signal, sys, time
 from pathlib import Path
-from lfm_mlx import convert, files
+from lfm_mlx import files
+from lfm_mlx.cli.entry import start
+from lfm_mlx.convert import program as convert
 from lfm_mlx.checkpoint.writer import ShardWriter
 def before(owner, name, act):
     original, calls = getattr(owner, name), []
@@ -422,7 +424,7 @@ def before(owner, name, act):
 def stop_at(number):
     return lambda count, args: os.kill(os.getpid(), {signal}) if count == number else None
 {where}
-sys.exit(convert.command())
+sys.exit(start("convert"))
 """
 MOMENTS = {
     "first tensor": "before(ShardWriter, 'add', stop_at(1))",

@@ -1,0 +1,1 @@
+"""Answer a prompt: `python -m lfm_mlx.generate`."""
