@@ -230,7 +230,7 @@ def end_with_its_generator() -> None:
             try:
                 self._generate()
             except Exception as error:
-                print(f"lfm_mlx.mlx_lm: {in_one_line(error)}", file=sys.stderr, flush=True)
+                print(f"error: {in_one_line(error)}", file=sys.stderr, flush=True)
                 os._exit(BAD_INPUT)
 
     server.__dict__["ResponseGenerator"] = EndingGenerator

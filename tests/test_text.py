@@ -11,6 +11,7 @@ from lfm_mlx import chatml
 from lfm_mlx.answer.control import Control
 from lfm_mlx.chat.plain import Plain
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
+from lfm_mlx.cli import streams
 from lfm_mlx.load import load_tokenizer
 from lfm_mlx.text import map_text, well_formed
 
@@ -59,6 +60,7 @@ def test_any_text_can_be_asked(content: str, result: str, name: str) -> None:
 def test_a_line_of_bytes_that_are_not_text(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = io.BytesIO(b"caf\xe9" + ending.encode())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(data, "utf-8", "strict", newline=""))
+    streams.prepare()  # as every command does first
     assert Plain(True).ask() == "caf\ufffd"
 
 

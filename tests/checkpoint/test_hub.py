@@ -228,7 +228,7 @@ def test_commands_say_it_in_one_line(hub: Hub, tmp_path: Path, module: str) -> N
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(f"{module}: alice/absent: no such folder here")
+    assert done.stderr.startswith("error: alice/absent: no such folder here")
     assert done.stderr.count("\n") == 1
 
 
