@@ -33,13 +33,13 @@ from tqdm import tqdm
 
 from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.cli.model_options import at_least_one
-from lfm_mlx.doctor.cases import Arrays, Case, Inputs, Run, Sizes, cases
+from lfm_mlx.doctor.cases import Arrays, Case, Inputs, Run, Sizes, cases, real_sizes
 from lfm_mlx.doctor.measure import attempt, microseconds
 from lfm_mlx.kernels import metal
 from lfm_mlx.kernels.matrix import Matrix
 from lfm_mlx.load import DTYPES, as_dtype
 
-REAL = Sizes()
+REAL = real_sizes()
 WAYS = ("kernel", "operations", "mlx-lm")
 
 

@@ -24,7 +24,8 @@ from tqdm import tqdm
 Config = dict
 Shape = tuple[int, ...]
 
-TOKENIZER = Path(__file__).resolve().parents[1] / "lfm_mlx" / "demo"
+PACKAGE = Path(__file__).resolve().parents[1] / "lfm_mlx"
+TOKENIZER = PACKAGE / "demo"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,35 +35,15 @@ TOKENIZER_FILES = (
 CHUNK = 1 << 20  # values computed at a time: the temporaries stay within a processor's cache
 SHARD_BYTES = 5_000_000_000
 
+# LFM2.5-8B-A1B, as it is published.
+FULL: Config = json.loads((PACKAGE / "doctor" / "lfm25_8b_a1b.json").read_text(encoding="utf-8"))
 # What sparse configs of every size have in common.
 SHARED: Config = {
-    "architectures": ["Lfm2MoeForCausalLM"],
-    "model_type": "lfm2_moe",
-    "norm_topk_prob": True,
-    "use_expert_bias": True,
-    "routed_scaling_factor": 1.0,
-    "conv_L_cache": 3,
-    "conv_bias": False,
-    "norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
-FULL: Config = SHARED | {
-    "dtype": "bfloat16",
-    "vocab_size": 128000,
-    "hidden_size": 2048,
-    "intermediate_size": 7168,
-    "moe_intermediate_size": 1792,
-    "num_hidden_layers": 24,
-    "layer_types": [
-        "full_attention" if layer in (2, 6, 10, 14, 18, 21) else "conv" for layer in range(24)
-    ],
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "num_dense_layers": 2,
-    "rope_parameters": {"rope_theta": 5000000, "rope_type": "default"},
-    "max_position_embeddings": 128000,
+    key: FULL[key]
+    for key in (
+        *("architectures", "model_type", "norm_topk_prob", "use_expert_bias"),
+        *("routed_scaling_factor", "conv_L_cache", "conv_bias", "norm_eps", "tie_word_embeddings"),
+    )
 }
 # Deviations of weights beyond 1/sqrt(inputs). What a layer adds is damped, as training does, so
 # that rounding errors do not grow from layer to layer.

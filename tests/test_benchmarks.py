@@ -16,7 +16,7 @@ from lfm_mlx.doctor.cases import Case, Sizes, cases
 from lfm_mlx.kernels import metal
 
 TINY = Sizes(
-    hidden=64, dense=128, expert=64, experts=8, chosen=2, heads=4, kv_heads=2, head_dim=16,
+    hidden=64, dense=128, expert=64, experts=8, chosen=2, heads=4, kv_heads=2, head_dim=16, taps=3,
     vocab=96, tokens=(1, 3), prompt=19,
 )  # fmt: skip
 

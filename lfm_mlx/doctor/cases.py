@@ -6,10 +6,13 @@ sees them wait for each other, as the launches of a decode step do.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from lfm_mlx.config import Config
+from lfm_mlx.files import read_json
 from lfm_mlx.kernels.experts import experts
 from lfm_mlx.kernels.matrix import Matrix
 from lfm_mlx.kernels.metal import OPERATIONS
@@ -27,6 +30,7 @@ Run = Callable[[Inputs], Arrays]
 BITS = 4
 GROUP_SIZE = 64
 EPS = 1e-5
+REAL_CONFIG = Path(__file__).with_name("lfm25_8b_a1b.json")
 # What mlx-lm packs the router's gate in.
 GATE_BITS = 8
 # Tokens of which the router's cases take those that it decides most clearly.
@@ -41,20 +45,40 @@ DRAW = 0.25
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that the shapes follow from: LFM2.5-8B-A1B's. A vocabulary of 0 leaves out the head."""
+    """Sizes that the shapes follow from. A vocabulary of 0 leaves out the head.
 
-    hidden: int = 2048
-    dense: int = 7168
-    expert: int = 1792
-    experts: int = 32
-    chosen: int = 4
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 64
-    taps: int = 3
-    vocab: int = 128_000
+    tokens: of a decode step · prompt: tokens of a prompt
+    """
+
+    hidden: int
+    dense: int
+    expert: int
+    experts: int
+    chosen: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    taps: int
+    vocab: int
+    rope_theta: float = 5e6
     tokens: tuple[int, ...] = (1, 8)
     prompt: int = 512
+
+    @classmethod
+    def of(cls, config: Config) -> "Sizes":
+        """The sizes of a model."""
+        return cls(
+            hidden=config.hidden_size, dense=config.intermediate_size,
+            expert=config.moe_intermediate_size, experts=config.num_experts,
+            chosen=config.num_experts_per_tok, heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
+            taps=config.conv_L_cache, vocab=config.vocab_size, rope_theta=config.rope_theta,
+        )  # fmt: skip
+
+
+def real_sizes() -> Sizes:
+    """Sizes of LFM2.5-8B-A1B, from the config.json that it is published with."""
+    return Sizes.of(Config.from_dict(read_json(REAL_CONFIG)))
 
 
 @dataclass(frozen=True)
@@ -214,7 +238,7 @@ def qk_norm_rope_cases(sizes: Sizes, draw: Draw) -> Iterator[Case]:
             "num_heads": sizes.heads,
             "num_kv_heads": sizes.kv_heads,
             "eps": EPS,
-            "base": 5e6,
+            "base": sizes.rope_theta,
             "offset": mx.array([POSITION]),
         }
         yield Case(

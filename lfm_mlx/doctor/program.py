@@ -28,7 +28,7 @@ from lfm_mlx.checkpoint.hub import resolve
 from lfm_mlx.cli.command import DONE
 from lfm_mlx.cli.model_options import at_least_one
 from lfm_mlx.cli.selected_model import LOADING
-from lfm_mlx.doctor.cases import Sizes, cases
+from lfm_mlx.doctor.cases import Sizes, cases, real_sizes
 from lfm_mlx.doctor.measure import DOES_NOT_RUN, WRONG, Finding, examine
 from lfm_mlx.doctor.options import parser
 from lfm_mlx.doctor.verdict import opinions, setting_without
@@ -41,7 +41,7 @@ FAULT = 1
 QUESTION = "What is 27 + 58?"
 TOKENS, QUICK_TOKENS = 64, 16
 CONTEXT = 256
-REAL = Sizes()
+REAL = real_sizes()
 
 
 def facts() -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lfm_mlx.errors import InputError
 from lfm_mlx.kernels import experts, metal, short_conv
 
 TINY = Sizes(
-    hidden=64, dense=128, expert=64, experts=8, chosen=2, heads=4, kv_heads=2, head_dim=16,
+    hidden=64, dense=128, expert=64, experts=8, chosen=2, heads=4, kv_heads=2, head_dim=16, taps=3,
     vocab=96, tokens=(1, 3), prompt=19,
 )  # fmt: skip
 ONE = ["--quick", "--dtype", "float32", "--runs", "1"]
