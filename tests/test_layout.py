@@ -192,6 +192,7 @@ OF_THE_WHOLE = {
     "test_long",
     "test_judge",
     "test_benchmarks",
+    "test_readme",
 }
 BESIDE = {"scripts", "metal_host"}
 

@@ -6,8 +6,10 @@ from lfm_mlx import Model, chatml
 from lfm_mlx.answer.control import Control
 from lfm_mlx.answer.question import ask
 from lfm_mlx.answer.responder import Responder
+from lfm_mlx.cache.keys_values import KVQuantization
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
 from lfm_mlx.engine.sample import Sampling
+from lfm_mlx.errors import InputError
 from lfm_mlx.load import load_model, load_tokenizer
 
 TOKENIZER = load_tokenizer(DEMO_FOLDER)
@@ -47,3 +49,17 @@ def test_a_choice_that_is_cut_short_stays_what_was_drawn(model: Model) -> None:
     assert responder.statistics.finish_reason == "length"
     assert said not in question.control.choices
     assert any(choice.startswith(said) for choice in question.control.choices)
+
+
+def test_what_cannot_be_answered_is_said_before_the_first_piece(model: Model) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    drafting = Responder(model, TOKENIZER, longest_draft=4)
+    constrained = ask(TOKENIZER, model.config, messages, control=Control(choices=("a", "b")))
+    with pytest.raises(InputError, match="drafts free text"):
+        drafting.answer_question(constrained)
+    cache = model.make_cache()
+    list(Responder(model, TOKENIZER, cache=cache, max_tokens=2,
+                   kv_quantization=KVQuantization(8, 32)).answer(messages))  # fmt: skip
+    other = Responder(model, TOKENIZER, cache=cache, kv_quantization=KVQuantization(4, 32))
+    with pytest.raises(InputError, match="in 8 bits, groups of 32; asked for 4 bits"):
+        other.answer(messages)
