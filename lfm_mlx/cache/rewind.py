@@ -62,7 +62,7 @@ def restore_windows(
     """Rebuild the windows that a rewind left stale.
 
     memory: how many tokens the stack of convolutions sees back
-    run: the decoder on tokens [B, n] and a cache; what it returns is not looked at
+    run: the decoder on tokens [B, n] and a cache; its result is not used
     """
     windows = [entry for entry in cache if isinstance(entry, ConvWindow)]
     if not any(window.stale for window in windows):

@@ -117,7 +117,9 @@ def _unused_character(text: str) -> str:
     free = (chr(code) for code in MARKS if chr(code) not in text)
     found = next(free, None)
     if found is None:
-        raise InputError(f"the messages hold all of the {len(MARKS)} rarest characters")
+        raise InputError(
+            f"the messages use every one of {len(MARKS)} rare characters; leave one of them out"
+        )
     return found
 
 

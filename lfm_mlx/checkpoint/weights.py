@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -44,7 +44,7 @@ class Parameter:
 
     name: str
     sources: tuple[str, ...]
-    how: str = "same"  # same | stack | first_half | second_half | taps
+    how: Literal["same", "stack", "first_half", "second_half", "taps"] = "same"
 
     def build(self, arrays: Mapping[str, mx.array]) -> mx.array:
         """The parameter's array, lazy, from the checkpoint's lazy arrays."""

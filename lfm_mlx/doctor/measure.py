@@ -30,7 +30,7 @@ LONGEST_CHAIN = 200
 
 
 @dataclass(frozen=True)
-class Finding:
+class Measurement:
     """Result of one case; errors are relative to the largest exact value."""
 
     kernel: str
@@ -60,13 +60,13 @@ class Finding:
         }
 
 
-def examine(case: Case, rounds: int) -> Finding:
+def examine(case: Case, rounds: int) -> Measurement:
     """The kernel of a case beside its reference; the reference alone where Metal is not there."""
     if not metal.available():
-        return Finding(*named(case), NO_METAL, operations_alone(case, rounds))
+        return Measurement(*named(case), NO_METAL, operations_alone(case, rounds))
     got = attempt(case)
     if isinstance(got, str):
-        return Finding(*named(case), DOES_NOT_RUN, operations_alone(case, rounds), reason=got)
+        return Measurement(*named(case), DOES_NOT_RUN, operations_alone(case, rounds), reason=got)
     errors = distances(case, got)
     took = microseconds(
         {"operations": case.with_operations, "kernel": case.with_kernel}, case, rounds
@@ -75,7 +75,7 @@ def examine(case: Case, rounds: int) -> Finding:
     in_time = took["kernel"] <= NOISE * took["operations"]
     verdict = WRONG if not right else OK if in_time else SLOWER
     ours, theirs = np.max(errors, axis=0).tolist()
-    return Finding(*named(case), verdict, took["operations"], took["kernel"], ours, theirs)
+    return Measurement(*named(case), verdict, took["operations"], took["kernel"], ours, theirs)
 
 
 def named(case: Case) -> tuple[str, str, str, int, str]:

@@ -29,9 +29,9 @@ from lfm_mlx.cli.command import DONE
 from lfm_mlx.cli.model_options import at_least_one
 from lfm_mlx.cli.selected_model import LOADING
 from lfm_mlx.doctor.cases import Sizes, cases, real_sizes
-from lfm_mlx.doctor.measure import DOES_NOT_RUN, WRONG, Finding, examine
+from lfm_mlx.doctor.measure import DOES_NOT_RUN, WRONG, Measurement, examine
 from lfm_mlx.doctor.options import parser
-from lfm_mlx.doctor.verdict import opinions, setting_without
+from lfm_mlx.doctor.verdict import setting_without, verdicts
 from lfm_mlx.engine.decode import decode
 from lfm_mlx.kernels import metal
 from lfm_mlx.load import DTYPES, as_dtype, load_model, load_tokenizer, loaded_bytes, open_checkpoint
@@ -71,7 +71,7 @@ def show_facts(known: dict[str, Any]) -> None:
 
 def find(
     sizes: Sizes, dtypes: Iterable[str], operations: Sequence[str], rounds: int
-) -> list[Finding]:
+) -> list[Measurement]:
     """Every case examined, one after another in memory."""
     found = []
     with tqdm(desc="kernels", unit="case", disable=None, leave=False) as bar:
@@ -84,7 +84,7 @@ def find(
     return found
 
 
-def show(found: Sequence[Finding]) -> None:
+def show(found: Sequence[Measurement]) -> None:
     """A line a case; the operations' error and time follow the kernel's."""
     titles = (f"{'kernel':13} {'where':15} weights tokens {'dtype':9}", "error", "operations'")
     print(f"\n{titles[0]}{titles[1]:>9}{titles[2]:>13}{'µs':>10}{titles[2]:>13}")
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None, sizes: Sizes = REAL) -> int:
     dtypes = [args.dtype] if args.dtype else [*DTYPES]
     found = find(shapes, dtypes, args.kernel or metal.OPERATIONS, args.runs)
     show(found)
-    matters = opinions(found)
+    matters = verdicts(found)
     setting = show_opinions(matters) if known["metal"] else None
     faulty = matters[WRONG] + matters[DOES_NOT_RUN]
     decoded = decoder.measure(faulty, QUICK_TOKENS if args.quick else TOKENS, args.runs)

@@ -3,11 +3,11 @@
 import statistics
 from collections.abc import Collection, Sequence
 
-from lfm_mlx.doctor.measure import DOES_NOT_RUN, NOISE, SLOWER, WRONG, Finding
+from lfm_mlx.doctor.measure import DOES_NOT_RUN, NOISE, SLOWER, WRONG, Measurement
 from lfm_mlx.kernels import metal
 
 
-def opinions(found: Sequence[Finding]) -> dict[str, list[str]]:
+def verdicts(found: Sequence[Measurement]) -> dict[str, list[str]]:
     """Faulty or slow kernels, by verdict."""
     by_kernel = {name: [row for row in found if row.kernel == name] for name in metal.OPERATIONS}
     matters: dict[str, list[str]] = {
@@ -19,7 +19,7 @@ def opinions(found: Sequence[Finding]) -> dict[str, list[str]]:
     return matters | {SLOWER: [name for name, rows in by_kernel.items() if slower(rows)]}
 
 
-def slower(rows: Sequence[Finding]) -> bool:
+def slower(rows: Sequence[Measurement]) -> bool:
     """Whether a kernel takes longer in decoding: over its cases of one token, by their mean."""
     ratios = [row.ratio for row in rows if row.tokens == 1 and row.ratio is not None]
     return bool(ratios) and statistics.geometric_mean(ratios) > NOISE

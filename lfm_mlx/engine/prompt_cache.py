@@ -198,7 +198,7 @@ def verified_metadata(path: Path, file: BinaryIO) -> dict[str, str]:
     while block := file.read(BLOCK):
         digest.update(block)
     if digest.hexdigest().encode() != signed:
-        raise InputError(f"{path}: is cut short or was altered; remove it, and it is made anew")
+        raise InputError(f"{path}: is cut short or was altered; remove it, and it is made again")
     return metadata
 
 

@@ -3,8 +3,8 @@
 A kernel's text is the body of a Metal function, in the .metal file beside its Python face; MLX
 writes the signature around it from the arrays it is called with. Sizes and dtypes come in as
 template constants, floats as scalar inputs. MLX's defaults hold: inputs are made row-contiguous,
-and Metal's math mode is `safe`. LFM_MLX_KERNELS=off|all|name,name says which kernels a model runs
-that was not told otherwise.
+and Metal's math mode is `safe`. LFM_MLX_KERNELS=off|all|name,name is the default for models
+loaded without `use_kernels`.
 """
 
 import functools
