@@ -91,3 +91,21 @@ def test_kept_files(tmp_path: Path) -> None:
     (source / "tokenizer").mkdir()
     assert writer.copy_kept(source, target) == kept
     assert contents(target) == {name: name.encode() for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("names", "is_one"),
+    [
+        (["config.json", "model.safetensors"], True),
+        (["config.json", "model-00001-of-00002.safetensors", "notes.txt"], True),
+        (["config.json"], False),
+        (["model.safetensors"], False),
+        ([], False),
+    ],
+)
+def test_a_checkpoint_has_a_config_and_weights(
+    tmp_path: Path, names: list[str], is_one: bool
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("")
+    assert writer.is_checkpoint(tmp_path) == is_one

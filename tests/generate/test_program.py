@@ -242,3 +242,14 @@ def test_lookup_gives_the_same_answer_in_fewer_passes(capsys: pytest.CaptureFixt
 def test_what_lookup_cannot_do_is_refused(argv: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         generate.main(["--model", "demo", "--prompt", COPY, *argv])
+
+
+def test_room_is_asked_for_prompt_and_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(
+        device, "require_room", lambda weights, cache, context: asked.append(context)
+    )
+    prompt = events(capsys, "--prompt", "Hello", "--max-tokens", "37")[0]
+    assert asked == [prompt["tokens"] + 37]
