@@ -907,3 +907,15 @@ def test_what_mlx_lm_raises_is_one_line(
     monkeypatch.setenv("LFM_MLX_TRACEBACK", "1")
     call("lora")
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_mlx_lm_is_told_what_is_never_quantized_or_cast(least: nn.Module) -> None:
+    model = least
+    layers = [path for path, _ in model.named_modules()]
+    kept = {path for path in layers if not model.quant_predicate(path, model)}
+    assert kept == {path for path in layers if path.endswith("feed_forward.gate")}
+    assert kept
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    floating = {name for name in names if not model.cast_predicate(name)}
+    assert floating == {name for name in names if name.endswith("expert_bias")}
+    assert floating

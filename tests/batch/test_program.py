@@ -319,3 +319,15 @@ def test_wrong_use_is_one_line(
     with target.open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "another run is writing it" in refused(*arguments(source, target))
+
+
+def test_an_answer_that_failed_counts_as_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(model: Any, tokenizer: Any, questions: Any, *_: Any, **__: Any) -> Any:
+        for key, question in questions:
+            yield many.Answered(key, [], "error", len(question.prompt), 0, "out of order")
+
+    monkeypatch.setattr(program, "answer_many", failing)
+    assert answered(tmp_path, [{"prompt": "Hi"}])[1]["error"] == "out of order"
+    assert "0 answers and 1 errors" in capsys.readouterr().err
