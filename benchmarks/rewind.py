@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lfm_mlx import Model
-from lfm_mlx.cache.cache import KEPT_COLUMNS
+from lfm_mlx.cache.conv_window import KEPT_COLUMNS
 from lfm_mlx.cache.rewind import restore_windows, rewind
 from lfm_mlx.cli.command import Parser, run
 from lfm_mlx.errors import InputError

@@ -17,7 +17,6 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import BatchKVCache
 
-from lfm_mlx.cache.conv_window import KEPT_COLUMNS as KEPT_COLUMNS
 from lfm_mlx.cache.conv_window import ConvWindow
 from lfm_mlx.cache.keys_values import GrowingKVCache
 from lfm_mlx.cache.protocols import Cache, LayerCache

@@ -82,8 +82,3 @@ class Budget:
                 f"{most}; give a shorter one, or take fewer bits"
             )
         return min(max_tokens, most - prompt_tokens)
-
-
-def active_bytes() -> int:
-    """Bytes that MLX holds, without the buffers it keeps for reuse."""
-    return mx.get_active_memory()

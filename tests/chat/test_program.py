@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from chat.terminals import Terminal
+from refusals import expect_refusal
 
 from lfm_mlx.cli.command import BAD_INPUT, DONE
-from lfm_mlx.cli.entry import start
 
 COMMAND = [sys.executable, "-m", "lfm_mlx.chat", "--model", "demo"]
 EXAMPLE = str(Path(__file__).parents[2] / "examples" / "tools.py")
@@ -88,12 +88,7 @@ def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
     options: list[str], says: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["lfm_mlx.chat", "--model", "demo", *options])
-    assert start("chat") == BAD_INPUT
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert says in err
+    expect_refusal(capsys, monkeypatch, "chat", options, says)
 
 
 def test_what_a_terminal_needs_is_said() -> None:

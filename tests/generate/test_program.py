@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from refusals import expect_refusal
 
 from lfm_mlx import chatml, device
 from lfm_mlx.checkpoint.hub import DEMO_FOLDER
@@ -136,12 +137,7 @@ def test_multi_byte_text_streams_whole_characters(capsys: pytest.CaptureFixture[
 def test_wrong_use_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, argv: list[str], says: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["lfm_mlx.generate", "--model", "demo", *argv])
-    assert start("generate") == BAD_INPUT
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert says in err
+    expect_refusal(capsys, monkeypatch, "generate", argv, says)
 
 
 @pytest.mark.parametrize("options", [[], ["--raw"]])
